@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from textwrap import wrap
+from typing import Any
+
+import msgspec
 
 from kproxy.cli.output import WIDTH, Style, table, width
 from kproxy.diagnose.explain_report import (
@@ -19,12 +22,16 @@ from kproxy.model.printable_text import printable
 MAX_ENDPOINTS = 20
 """Maximum number of endpoints of one port that the text shows. JSON and YAML have all of them."""
 MAX_FLOWS = 10
+"""Maximum number of groups of flows, and of differences in the rules, that the text shows."""
+MAX_NAME = 40
+"""Maximum number of characters of a Node's name."""
 _SHORTEST = 30
 """Minimum number of characters of a column that is wrapped."""
 
 
 def explanation_lines(report: ServiceExplanation, style: Style) -> Iterator[str]:
-    """Yield the lines of a report, each with at most `WIDTH` visible characters."""
+    """Yield the lines of a report, each with at most `WIDTH` visible characters, whatever the objects contain."""
+    report = msgspec.convert(_printable(msgspec.to_builtins(report)), ServiceExplanation)
     if len(report.ports) != 1:
         where = f"{report.service}  on {report.node}"
         yield _with_verdict(where, report.verdict, style)
@@ -36,7 +43,7 @@ def explanation_lines(report: ServiceExplanation, style: Style) -> Iterator[str]
     for text in report.policies:
         yield from _wrapped("  policy  ", text)
     yield from _kernel_lines(report, style)
-    yield from _flow_lines(report, style)
+    yield from _flow_lines(report)
     if report.client is not None:
         yield from _client_lines(report)
     for note in report.notes:
@@ -49,8 +56,16 @@ def explanation_lines(report: ServiceExplanation, style: Style) -> Iterator[str]
         yield from _wrapped(style.dim("Not seen: "), "; ".join(report.unseen))
 
 
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {name: _printable(each) for name, each in value.items()}
+    return [_printable(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def _with_verdict(left: str, verdict: Verdict, style: Style) -> str:
-    left = _cut(printable(left), WIDTH - len(verdict) - 2)
+    left = _cut(left, WIDTH - len(verdict) - 2)
     paint = style.good if verdict == "WORKS" else style.warning if verdict == "DEGRADED" else style.bad
     return left + " " * (WIDTH - width(left) - len(verdict)) + paint(verdict)
 
@@ -89,7 +104,7 @@ def _endpoint_lines(endpoints: Sequence[EndpointExplanation], style: Style) -> I
     rows = []
     for each in endpoints[:MAX_ENDPOINTS]:
         mark = style.good("+") if each.used else style.dim("-")
-        rows.append((f"  {mark} {each.address}", each.node or "(no node)", each.message))
+        rows.append((f"  {mark} {each.address}", _cut(each.node, MAX_NAME) or "(no node)", each.message))
     yield from _table(rows)
     if len(endpoints) > MAX_ENDPOINTS:
         used = sum(each.used for each in endpoints[MAX_ENDPOINTS:])
@@ -98,9 +113,7 @@ def _endpoint_lines(endpoints: Sequence[EndpointExplanation], style: Style) -> I
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield an indented table. The last column is wrapped."""
-    cleaned = [[printable(cell) if "\x1b" not in cell else cell for cell in row] for row in rows]
-    heads = table([[*row[:-1], "|"] for row in cleaned], indent="  ")
-    for head, row in zip(heads, cleaned, strict=True):
+    for head, row in zip(table([[*row[:-1], "|"] for row in rows], indent="  "), rows, strict=True):
         start = head[: head.rindex("|")]
         yield from _wrapped(start, row[-1]) if row[-1] else [start.rstrip()]
 
@@ -111,18 +124,20 @@ def _kernel_lines(report: ServiceExplanation, style: Style) -> Iterator[str]:
         return
     mark = style.good("ok") if kernel.matches else style.bad("x ")
     text = "rules match the plan" if kernel.matches else "rules differ from the plan"
-    yield from _wrapped(f"  {mark} {report.node}  ", f"{text} ({kernel.summary})" if kernel.summary else text)
+    yield from _wrapped(
+        f"  {mark} {_cut(report.node, MAX_NAME)}  ", f"{text} ({kernel.summary})" if kernel.summary else text
+    )
     known = report.reason is not None and report.reason.code == "Drifted"
     for each in () if known else kernel.differences[:MAX_FLOWS]:
         yield from _wrapped("       ", f"{each.family}: {each.object} {each.problem}")
 
 
-def _flow_lines(report: ServiceExplanation, style: Style) -> Iterator[str]:
+def _flow_lines(report: ServiceExplanation) -> Iterator[str]:
     rows = []
     for each in report.flows[:MAX_FLOWS]:
-        state = style.bad("stale: no longer an endpoint") if each.stale else "current"
-        text = f"{each.count} flow{'' if each.count == 1 else 's'}"
-        rows.append(("conntrack", f"{each.frontend}/{each.protocol}", f"-> {each.endpoint}", text, state))
+        text = f"{each.count} flow{'' if each.count == 1 else 's'} to {each.endpoint}"
+        state = ", stale: it is no endpoint" if each.stale else ""
+        rows.append(("conntrack", f"{each.frontend}/{each.protocol}", text + state))
     yield from _table(rows)
     if len(report.flows) > MAX_FLOWS:
         yield f"  and {len(report.flows) - MAX_FLOWS} more groups of flows (-o json has all)"
@@ -140,8 +155,7 @@ def _wrapped(head: str, text: str) -> Iterator[str]:
     """Yield a text after a head, continued below itself."""
     indent = width(head)
     room = max(_SHORTEST, WIDTH - indent)
-    lines = _lines(printable(text) if "\x1b" not in text else text, room)
-    for number, line in enumerate(lines):
+    for number, line in enumerate(_lines(text, room)):
         yield ((head if number == 0 else " " * indent) + line).rstrip()
 
 

@@ -62,7 +62,7 @@ def _without_address(key: ServiceKey, raw: SeenService) -> Reason | None:
             details=("clients connect to the pods directly, so they must use the port of the pods",),
             fix="remove clusterIP: None and recreate the Service if it needs an address of its own",
         )
-    if not spec.cluster_ip and not spec.cluster_ips:
+    if not spec.cluster_ip:
         return Reason(
             code="ClusterIPPending",
             message="the Service has no ClusterIP yet",

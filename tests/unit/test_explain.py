@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from kproxy.cli.explain import gather
 from kproxy.cli.explain_text import explanation_lines
+from kproxy.cli.main import main
 from kproxy.cli.output import WIDTH, Style, width
 from kproxy.cli.parser import parse
 from kproxy.config import configure
 from kproxy.diagnose.explain import explain
 from kproxy.diagnose.explain_report import ReasonCode, ServiceExplanation
 from kproxy.diagnose.report import document, schema
-from tests.unit.explain_cases import BROKEN, SOUND, SetUp
+from tests.unit.explain_cases import BROKEN, PODS, SERVICE, SLICE, SOUND, SetUp, cluster, edit
 
 MODES = ("iptables", "nftables")
 VALIDATOR = Draft202012Validator(schema(ServiceExplanation))
@@ -67,3 +70,100 @@ def test_output(setup: SetUp, tmp_path: Path) -> None:
 def test_every_reason_has_a_set_up() -> None:
     elsewhere = {"Quarantined", "NotSyncedYet", "Drifted", "StaleConntrack"}
     assert {setup.code for setup in BROKEN} == set(get_args(ReasonCode)) - elsewhere
+
+
+def in_text(setup: SetUp, folder: Path) -> str:
+    return "\n".join(explanation_lines(explained(setup, folder), Style()))
+
+
+def test_names_of_any_length_and_with_control_characters_fit(tmp_path: Path) -> None:
+    hostile = "\\e[31mred\\u202e"
+    setups = [
+        SetUp("long", cluster(SERVICE, SLICE, PODS).replace("node-1", "n" * 250).replace("api-1", "p" * 250), "WORKS"),
+        SetUp(
+            "type", cluster(SERVICE, edit(SLICE, "addressType: IPv4", f'addressType: "{hostile}"'), PODS), "REJECTED"
+        ),
+        SetUp("target", cluster(edit(SERVICE, "targetPort: http", f'targetPort: "{hostile}"'), PODS), "REJECTED"),
+        SetUp("address", cluster(SERVICE, edit(SLICE, "[10.244.1.5]", f'["{hostile}"]'), PODS), "WORKS"),
+    ]
+    for setup in setups:
+        text = in_text(setup, tmp_path)
+        assert text.replace("\n", "").isprintable()
+        assert max(map(len, text.split("\n"))) <= WIDTH
+
+
+def test_many_endpoints_are_cut(tmp_path: Path) -> None:
+    endpoints = "".join(f"- {{addresses: [10.244.9.{number}], nodeName: node-2}}\n" for number in range(1, 41))
+    setup = SetUp("many", cluster(SERVICE, edit(SLICE, "endpoints:\n", f"endpoints:\n{endpoints}"), PODS), "WORKS")
+    text = in_text(setup, tmp_path)
+    assert "and 22 more endpoints, 22 of them used (-o json has all)" in text
+    assert text.count("10.244.9.") == 20
+
+
+def test_the_first_lines_for_people(tmp_path: Path) -> None:
+    setup = next(each for each in BROKEN if each.name == "misspelled port name")
+    assert in_text(setup, tmp_path).startswith(
+        """\
+shop/api:http  ClusterIP 10.96.0.82:80/TCP                                                  REJECTED
+  x TargetPortUnresolved  targetPort "htp" is not a port name of any of its 2 pods
+                          they declare: http=8080, metrics=9090
+"""
+    )
+    assert 'Fix: set spec.ports[0].targetPort to "http"\n' in in_text(setup, tmp_path)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["explain", *arguments])
+    return (code, *capsys.readouterr())
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "all.yaml"
+    path.write_text(cluster(SERVICE, SLICE, PODS))
+    flags = (f"--objects={path}", "--hostname-override=node-1")
+    assert run(capsys, "shop/api", *flags)[0] == 0
+    assert run(capsys, "shop/apo", *flags)[0] == 1
+    code, output, errors = run(capsys, "a/b/c", *flags)
+    assert (code, output) == (2, "")
+    assert "NAMESPACE/NAME" in errors
+    code, _, errors = run(capsys, "shop/api", "--from=somewhere", *flags)
+    assert code == 2
+    assert "--from must be an IP address" in errors
+    code, _, errors = run(capsys, "shop/api", f"--objects={tmp_path}/missing.yaml")
+    assert code == 3
+    assert "missing.yaml: cannot be read" in errors
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    code, _, errors = run(capsys, "shop/api", "--kernel=false")
+    assert code == 3
+    assert "cannot explain shop/api: no source of facts could be read" in errors
+
+
+@pytest.mark.parametrize("output", ["json", "yaml"])
+def test_output_for_programs(output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "all.yaml"
+    path.write_text(BROKEN[0].yaml)
+    printed = run(capsys, BROKEN[0].key, f"--objects={path}", "--hostname-override=node-1", "-o", output)[1]
+    report = json.loads(printed) if output == "json" else yaml.safe_load(printed)
+    VALIDATOR.validate(report)
+    assert (report["kind"], report["verdict"], report["reason"]["code"]) == (
+        "ServiceExplanation",
+        BROKEN[0].verdict,
+        BROKEN[0].code,
+    )
+
+
+def test_lists_and_directories_of_files(tmp_path: Path) -> None:
+    """The output of kubectl get -o json, -o yaml and of the API server, in several files."""
+    documents = list(yaml.safe_load_all(cluster(SERVICE, SLICE, PODS)))
+    by_kind = {
+        kind: [each for each in documents if each["kind"] == kind] for kind in ("Service", "EndpointSlice", "Pod")
+    }
+    (tmp_path / "services.json").write_text(json.dumps({"kind": "List", "items": by_kind["Service"]}))
+    untyped = [{name: value for name, value in each.items() if name != "kind"} for each in by_kind["EndpointSlice"]]
+    (tmp_path / "slices.json").write_text(json.dumps({"kind": "EndpointSliceList", "items": untyped}))
+    (tmp_path / "pods.yaml").write_text(yaml.safe_dump({"kind": "PodList", "items": by_kind["Pod"]}))
+    options = parse(["explain", "shop/api", f"--objects={tmp_path}", "--hostname-override=node-1"])
+    report = explain(gather(options, configure(options)[0], "shop/api"))
+    assert report.verdict == "WORKS"
+    assert report.unseen == ("Nodes, NetworkPolicies (not in the files)",)
