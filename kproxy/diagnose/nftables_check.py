@@ -161,4 +161,4 @@ def _key_text(set_name: str, key: bytes) -> str:
     if definition.value is MapValue.VERDICT:
         return frontend_text(key)
     index = int.from_bytes(key[-_INDEX_SIZE:], sys.byteorder)
-    return f"{frontend_text(key[:-_INDEX_SIZE])} number {index}"
+    return f"{frontend_text(key[:-_INDEX_SIZE])} #{index}"

@@ -78,7 +78,7 @@ def _unsynced(facts: Facts, daemon: ServiceState, states: Mapping[Family, Family
     ):
         reason = Reason(
             code="NotSyncedYet",
-            message="kproxy has not received the latest state of the Service or of its endpoints",
+            message="the latest state of the Service or of its endpoints has not reached kproxy yet",
             fix="repeat the command; if this stays, check the connection of kproxy to the API server",
         )
         return RulesProblem("NOT PROGRAMMED", reason)
