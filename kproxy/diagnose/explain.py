@@ -197,7 +197,7 @@ def _frontends_of(facts: Facts, plan: ServicePortPlan, lost: Mapping[str, str]) 
 
     yield frontend("ClusterIP", plan.cluster_ip)
     only_outside = plan.external is TrafficDecision.DROP and plan.cluster_endpoints
-    remark = "only from outside; from pods and nodes: forwarded" if only_outside else ""
+    remark = "only if from outside" if only_outside else ""
     for address in plan.external_ips:
         yield frontend("ExternalIP", address, remark)
     ranges = f"only for {', '.join(plan.source_ranges)}" if plan.source_ranges else ""

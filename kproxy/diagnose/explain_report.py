@@ -47,7 +47,6 @@ NoteCode: TypeAlias = Literal[
     "SourceRangesWithoutLoadBalancer",
     "NodePortNotOnThisAddress",
     "OwnsContestedFrontend",
-    "EndpointWithoutNode",
     "InvalidEndpoints",
     "ServiceBeingDeleted",
     "NodeUnknown",

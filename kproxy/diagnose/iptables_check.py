@@ -12,11 +12,13 @@ from kproxy.diagnose.explain_facts import KernelDifference, RulesComparison
 from kproxy.iptables.base_rules import base_chains, ensured_rules
 from kproxy.iptables.names import DISPATCH_CHAINS, NAT_SERVICES, SHARD_PREFIXES, ChainName, is_shard
 from kproxy.iptables.render import DispatchRule, render_port
-from kproxy.iptables.save_restore import normalize_rule
+from kproxy.iptables.save_restore import normalize_rule, parse_save
 from kproxy.model.addresses import socket_text
 from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan
 
+MAX_SINGLE_CHAINS = 100
+"""Maximum number of chains that are read one by one. Each takes a few milliseconds."""
 _COMMENT = re.compile(r'-m comment --comment (?:"[^"]*"|\S+) ')
 _SERVICE_PORT = re.compile(r'--comment "?([^ "/]+/[^ "]+)')
 _MATCH = re.compile(r"-d \S+|-p \S+|--dport \S+")
@@ -65,8 +67,13 @@ class _Check:
         self.result = RulesComparison()
         self._iptables, self._context, self._whole = iptables, context, whole
 
-    def list(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
-        return self._iptables.list_rules(chains)
+    def list(self, chains: Collection[ChainName]) -> dict[ChainName, list[str]]:
+        """Return the rules of those `chains` that exist. Many of them, all in table nat, are read as a table."""
+        if len(chains) <= MAX_SINGLE_CHAINS:
+            return self._iptables.list_rules(chains)
+        with self._iptables.save("nat") as lines:
+            saved = parse_save(lines).chains
+        return {chain: saved[chain].rules for chain in chains if chain in saved}
 
     def own_chains(self, plans: Sequence[ServicePortPlan], lost: Collection[str]) -> int:
         """Compare the chains and dispatch rules of the Service. Return the number of its chains."""

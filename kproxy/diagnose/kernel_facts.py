@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import NoReturn
 
@@ -15,13 +15,13 @@ from kproxy.diagnose.iptables_check import compare_iptables
 from kproxy.diagnose.nftables_check import compare_nftables
 from kproxy.diagnose.port_case import PortCase, cases_of, claimed_frontends, known_endpoints
 from kproxy.host.commands import CommandError
-from kproxy.host.ctnetlink import read_flows
+from kproxy.host.ctnetlink import MAX_FILTERED_DUMPS, read_flows
 from kproxy.host.interfaces import own_addresses
 from kproxy.host.process import has_net_admin
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.addresses import split_socket_text
 from kproxy.model.stale_udp_flows import UdpFrontends, accepts_node_ports
-from kproxy.model.types import Family
+from kproxy.model.types import Family, Protocol
 from kproxy.nftables.elements import PROTOCOLS
 from kproxy.nftables.kernel import NftTable, TableError
 from kproxy.nftables.transaction import Transaction
@@ -44,7 +44,7 @@ def with_kernel(facts: Facts, *, whole: bool) -> Facts:
         facts = _with_source(replace(facts, kernel=kernel), "kernel", kernel.summary, used=True)
         cases = list(cases_of(facts, service))
     try:
-        flows = tuple(flow for case in cases for family in case.plans for flow in _flows(facts, case, family))
+        flows = tuple(_flows(facts, cases))
     except OSError as error:
         return _with_source(facts, "conntrack", f"cannot be read: {error.strerror or error}")
     return _with_source(
@@ -98,8 +98,31 @@ def _refuse(transaction: Transaction, generation: int | None = None, /) -> NoRet
 # Tracked connections
 
 
-def _flows(facts: Facts, case: PortCase, family: Family) -> Iterator[TrackedFlow]:
-    """Yield the tracked connections to the frontends of a port that belong to this Service."""
+def _flows(facts: Facts, cases: Sequence[PortCase]) -> Iterator[TrackedFlow]:
+    """Yield the tracked connections to the frontends of the Service that belong to it."""
+    ports: dict[tuple[Family, Protocol], set[int]] = {}
+    for case in cases:
+        for family in case.plans:
+            ports.setdefault((family, case.port.protocol), set()).update({case.port.port, case.port.node_port} - {0})
+    tracked = {key: _count_flows(*key, wanted) for key, wanted in ports.items()}
+    for case in cases:
+        for family in case.plans:
+            yield from _flows_of_port(facts, case, family, tracked[family, case.port.protocol])
+
+
+def _count_flows(family: Family, protocol: Protocol, ports: Collection[int]) -> dict[int, Counter[tuple[str, str]]]:
+    """Return the number of tracked connections by destination port, and by destination and reply source."""
+    found: dict[int, Counter[tuple[str, str]]] = {port: Counter() for port in ports}
+    for only_port in ports if len(ports) <= MAX_FILTERED_DUMPS else (0,):
+        for flow in read_flows(family, PROTOCOLS[protocol], only_port):
+            if (port := split_socket_text(flow[0])[1]) in found:
+                found[port][flow] += 1
+    return found
+
+
+def _flows_of_port(
+    facts: Facts, case: PortCase, family: Family, tracked: Mapping[int, Counter[tuple[str, str]]]
+) -> Iterator[TrackedFlow]:
     plan, context = case.plans[family], facts.context(family)
     lost = {conflict.frontend for conflict in case.lost}
     frontends = {_short(name) for name, _ in claimed_frontends(plan) if name not in lost}
@@ -109,8 +132,7 @@ def _flows(facts: Facts, case: PortCase, family: Family) -> Iterator[TrackedFlow
     udp = UdpFrontends()
     udp.update({facts.key: (plan,)}, complete=True)
     for port in dict.fromkeys((plan.port, plan.node_port)):
-        counts = Counter(read_flows(family, PROTOCOLS[plan.protocol], port)) if port else Counter()
-        for (destination, source), count in sorted(counts.items()):
+        for (destination, source), count in sorted(tracked.get(port, Counter()).items()):
             if destination in frontends:
                 frontend = destination
             elif f":{port}" in frontends and accepts(split_socket_text(destination)[0]):

@@ -198,30 +198,36 @@ class _StaleFilter:
         return socket_text(address, _PORT.unpack(packed[-2:])[0])
 
 
-def read_flows(family: Family, protocol: int, port: int) -> list[tuple[str, str]]:
-    """Return the original destination and the reply source of each entry of an IP protocol with a destination port.
+def read_flows(family: Family, protocol: int, port: int = 0) -> list[tuple[str, str]]:
+    """Return the original destination and the reply source of each entry of an IP protocol, both as `ip:port`.
 
-    Both are `ip:port`. Entries of other directions and zones are included. Raises `OSError`.
+    With a `port`, only the entries with this destination port are returned. Entries in all zones are included. Raises
+    `OSError`.
     """
     layout = TUPLE_LAYOUTS[family]
-    packed_port = _PORT.pack(port)
-    kind = nfnl_type(NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET)
+    packed_port = _PORT.pack(port) if port else b""
+    request = dump_request(layout, port=packed_port, protocol=protocol)
 
     def read() -> list[tuple[str, str]]:
-        flows = []
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-            for data, begin, end in netlink.dump(kind, dump_request(layout, port=packed_port, protocol=protocol)):
-                found = attributes(data, begin + NFGENMSG_SIZE, end)
-                destination = _parse_socket(
-                    data, found.get(CTA_TUPLE_ORIG), layout.destination, CTA_PROTO_DST_PORT, protocol
-                )
-                source = _parse_socket(data, found.get(CTA_TUPLE_REPLY), layout.source, CTA_PROTO_SRC_PORT, protocol)
-                # Kernels before 5.8 ignore the filter.
-                if destination and source and destination[-2:] == packed_port:
-                    flows.append((_unpacked_text(layout, destination), _unpacked_text(layout, source)))
-        return flows
+            messages = netlink.dump(nfnl_type(NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET), request)
+            found = (_parse_sockets_of(layout, protocol, *message) for message in messages)
+            # Kernels before 5.8 ignore the filter.
+            return [
+                (_unpacked_text(layout, destination), _unpacked_text(layout, source))
+                for destination, source in filter(None, found)
+                if destination.endswith(packed_port)
+            ]
 
     return retry_interrupted(read)
+
+
+def _parse_sockets_of(layout: TupleLayout, protocol: int, data: bytes, begin: int, end: int) -> FlowSockets | None:
+    """Return the sockets of an entry, or None if the entry is not for this IP protocol."""
+    found = attributes(data, begin + NFGENMSG_SIZE, end)
+    destination = _parse_socket(data, found.get(CTA_TUPLE_ORIG), layout.destination, CTA_PROTO_DST_PORT, protocol)
+    source = _parse_socket(data, found.get(CTA_TUPLE_REPLY), layout.source, CTA_PROTO_SRC_PORT, protocol)
+    return (destination, source) if destination and source else None
 
 
 def _unpacked_text(layout: TupleLayout, packed: bytes) -> str:
@@ -326,10 +332,7 @@ class ConntrackEntryReader:
         return CTA_ZONE in found or not self.is_standard(self.fingerprint(data, begin))
 
     def _parse_sockets(self, data: bytes, begin: int, end: int) -> FlowSockets | None:
-        found = attributes(data, begin + NFGENMSG_SIZE, end)
-        destination = _parse_socket(data, found.get(CTA_TUPLE_ORIG), self._layout.destination, CTA_PROTO_DST_PORT)
-        source = _parse_socket(data, found.get(CTA_TUPLE_REPLY), self._layout.source, CTA_PROTO_SRC_PORT)
-        return (destination, source) if destination and source else None
+        return _parse_sockets_of(self._layout, socket.IPPROTO_UDP, data, begin, end)
 
 
 def _encode_tuple(direction: int, layout: TupleLayout, byte: bytes) -> bytes:
@@ -341,7 +344,7 @@ def _encode_tuple(direction: int, layout: TupleLayout, byte: bytes) -> bytes:
 
 
 def _parse_socket(
-    data: bytes, position: tuple[int, int] | None, address: int, port: int, protocol: int = socket.IPPROTO_UDP
+    data: bytes, position: tuple[int, int] | None, address: int, port: int, protocol: int
 ) -> bytes | None:
     """Return one socket of the tuple at a position, or None if there is no tuple of the protocol at this position.
 

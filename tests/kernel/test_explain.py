@@ -157,6 +157,20 @@ def test_split_dispatch_chains(machine: Machine) -> None:
 
 
 @BOTH_MODES
+def test_many_endpoints_and_ports(machine: Machine) -> None:
+    endpoints = "".join(f"- {{addresses: [10.244.3.{number}], nodeName: node-2}}\n" for number in range(1, 121))
+    ports = "".join(f"  - {{name: p{number}, port: {number}, targetPort: http}}\n" for number in range(1001, 1005))
+    names = "".join(f"{{name: p{number}, port: {number}}}, " for number in range(1001, 1005))
+    slices = edit(edit(SLICE, "endpoints:\n", f"endpoints:\n{endpoints}"), "ports: [", f"ports: [{names}")
+    text = cluster(NODE_PORT + ports, slices, PODS)
+    machine.apply(text)
+    insert(machine.namespace, Flow("10.244.1.77:4000", "10.96.0.82:1003", "10.244.3.9:1003", socket.IPPROTO_TCP))
+    report = machine.explain()
+    assert (report["verdict"], report["kernel"]["matches"]) == ("WORKS", True)
+    assert [(flow["frontend"], flow["stale"]) for flow in report["flows"]] == [("10.96.0.82:1003", False)]
+
+
+@BOTH_MODES
 def test_what_another_service_owns_is_no_drift(machine: Machine) -> None:
     contested = edit(NODE_PORT, "  selector:", "  externalIPs: [198.51.100.5]\n  selector:")
     text = cluster(contested, SLICE, PODS, edit(OTHER, "  ports:", "  externalIPs: [198.51.100.5]\n  ports:"))

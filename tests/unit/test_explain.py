@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -17,10 +19,11 @@ from kproxy.cli.output import WIDTH, Style, width
 from kproxy.cli.parser import parse
 from kproxy.config import configure
 from kproxy.diagnose.explain import explain
-from kproxy.diagnose.explain_report import ReasonCode, ServiceExplanation
+from kproxy.diagnose.explain_report import NoteCode, ReasonCode, ServiceExplanation
 from kproxy.diagnose.report import document, schema
 from tests.unit.explain_cases import BROKEN, PODS, SERVICE, SLICE, SOUND, SetUp, cluster, edit
 
+PAGE = Path(__file__).parents[2] / "docs/troubleshooting.md"
 MODES = ("iptables", "nftables")
 VALIDATOR = Draft202012Validator(schema(ServiceExplanation))
 
@@ -110,6 +113,32 @@ shop/api:http  ClusterIP 10.96.0.82:80/TCP                                      
 """
     )
     assert 'Fix: set spec.ports[0].targetPort to "http"\n' in in_text(setup, tmp_path)
+
+
+DOCUMENTED = {"api": "web", "10.96.0.82": "10.96.0.80", "10.244.1.5": "10.244.1.7", "10.244.2.5": "10.244.2.9"}
+"""The names and addresses of the set-ups, and those of the examples on the page."""
+
+
+def documented(name: str, folder: Path) -> str:
+    """Return what the command prints about a set-up with the names and addresses of the page."""
+    setup = next(each for each in (*BROKEN, *SOUND) if each.name == name)
+    text = setup.yaml.replace("apiVersion", "<version>")
+    for old, new in DOCUMENTED.items():
+        text = text.replace(old, new)
+    text = text.replace("<version>", "apiVersion")
+    return in_text(replace(setup, yaml=text, key="shop/web"), folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["misspelled port name", "externalTrafficPolicy Local", "client outside the source ranges", "NodePort"]
+)
+def test_documented_output(name: str, tmp_path: Path) -> None:
+    assert documented(name, tmp_path).partition("\nNot seen: ")[0] + "\n" in PAGE.read_text()
+
+
+def test_every_reason_and_note_is_documented() -> None:
+    codes = {*get_args(ReasonCode), *get_args(NoteCode)}
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.MULTILINE)) & codes == codes
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
