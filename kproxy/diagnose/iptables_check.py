@@ -56,7 +56,8 @@ def compare_iptables(
     check.jumps()
     if whole:
         check.base_chains()
-    check.result.summary = f"{count} chain{'' if count == 1 else 's'} and the dispatch rules of the Service"
+    chains = f"{count} chain{'' if count == 1 else 's'} and " if count else ""
+    check.result.summary = f"{chains}the dispatch rules of the Service"
     return check.result
 
 
