@@ -160,7 +160,9 @@ def gather(
         detail = f"not compared: this machine is no node of the cluster: there is no Node {node_name}"
         return replace(facts, sources=(*facts.sources, ExplainSource(name="kernel", used=False, detail=detail)))
     from kproxy.diagnose.kernel_facts import with_kernel
+    from kproxy.iptables.variant import use_host_variant
 
+    use_host_variant(os.environ)
     return with_kernel(facts, whole=daemon is not None)
 
 

@@ -77,6 +77,8 @@ def _port_lines(report: ServiceExplanation, port: PortExplanation, shown: Reason
     yield _with_verdict(f"{name}  ClusterIP {addresses}/{port.protocol}", port.verdict, style)
     if port.reason is not None and port.reason != shown:
         yield from _reason_lines(port.reason, style)
+        if port.reason != report.reason and port.reason.fix:
+            yield from _wrapped("    fix: ", port.reason.fix)
     yield from _frontend_lines(port.frontends, style)
     yield from _endpoint_lines(port.endpoints, style)
 

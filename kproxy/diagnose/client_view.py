@@ -128,7 +128,7 @@ def _plan_at(facts: Facts, plan: ServicePortPlan, client: ClientPlace) -> Servic
 def _outside(facts: Facts, plan: ServicePortPlan, client: ClientPlace) -> tuple[Verdict, Reason | None]:
     raw = facts.objects.service_object(facts.key) if facts.objects else None
     if not plan.externally_accessible and raw is not None and raw.spec.type == "LoadBalancer":
-        return "WORKS" if raw.ingress else "DROPPED", load_balancer_pending(raw, plan.node_port)
+        return "WORKS" if raw.ingress else "DROPPED", load_balancer_pending(raw, has_node_port=bool(plan.node_port))
     if not plan.externally_accessible:
         reason = Reason(
             code="ReachedOnlyFromInside",
@@ -151,11 +151,11 @@ def _outside(facts: Facts, plan: ServicePortPlan, client: ClientPlace) -> tuple[
     return "WORKS", None
 
 
-def load_balancer_pending(raw: SeenService, node_port: int) -> Reason | None:
+def load_balancer_pending(raw: SeenService, *, has_node_port: bool) -> Reason | None:
     """Return the reason of a Service of type LoadBalancer that has no load balancer address, or None if it has one."""
     if raw.spec.type != "LoadBalancer" or raw.ingress:
         return None
-    reached = f"; clients can use NodePort {node_port}" if node_port else ""
+    reached = "; clients can use the NodePort of any node" if has_node_port else ""
     return Reason(
         code="LoadBalancerPending",
         message=f"the load balancer has no address yet (status.loadBalancer is empty){reached}",

@@ -19,7 +19,7 @@ from kproxy.host.ctnetlink import MAX_FILTERED_DUMPS, read_flows
 from kproxy.host.interfaces import own_addresses
 from kproxy.host.process import has_net_admin
 from kproxy.iptables.runner import IptablesRunner
-from kproxy.model.addresses import split_socket_text
+from kproxy.model.addresses import family_of, split_socket_text
 from kproxy.model.stale_udp_flows import UdpFrontends, accepts_node_ports
 from kproxy.model.types import Family, Protocol
 from kproxy.nftables.elements import PROTOCOLS
@@ -74,6 +74,7 @@ def _compare_families(facts: Facts, lost: Collection[str], *, whole: bool) -> Ke
     found = {
         family: _comparison(facts.mode, family)(plans, facts.context(family), lost=lost, whole=whole)
         for family, plans in facts.plans().items()
+        if _serves(facts, family)
     }
     present = [each for each in found.values() if each is not None]
     return KernelFacts(
@@ -83,6 +84,14 @@ def _compare_families(facts: Facts, lost: Collection[str], *, whole: bool) -> Ke
         summary="; ".join(dict.fromkeys(each.summary for each in present if each.summary)),
         owners={frontend: owner for each in present for frontend, owner in each.owners.items()},
     )
+
+
+def _serves(facts: Facts, family: Family) -> bool:
+    """Return whether kproxy programs a family on this node. Without a daemon, a node has the families of its Node."""
+    if facts.daemon is not None:
+        return family in facts.daemon.families
+    addresses = facts.node.addresses if facts.node is not None else ()
+    return not addresses or any(family_of(address) is family for address in addresses)
 
 
 def _comparison(mode: str, family: Family) -> Callable[..., RulesComparison | None]:

@@ -69,7 +69,7 @@ def only_terminating(facts: Facts, case: PortCase) -> Reason | None:
 def balancer_pending(facts: Facts, case: PortCase) -> Reason | None:
     """Return the reason if a Service of type LoadBalancer has no load balancer address."""
     raw = facts.objects.service_object(facts.key) if facts.objects else None
-    return load_balancer_pending(raw, case.port.node_port) if raw is not None else None
+    return load_balancer_pending(raw, has_node_port=bool(case.port.node_port)) if raw is not None else None
 
 
 def node_port_reason(facts: Facts, case: PortCase) -> Reason | None:
@@ -86,7 +86,7 @@ def node_port_reason(facts: Facts, case: PortCase) -> Reason | None:
     addresses = ", ".join(node.addresses) if node is not None else ""
     return Reason(
         code="NodePortNotOnThisAddress",
-        message=f"no address of {facts.node_name} accepts NodePort {case.port.node_port}",
+        message=f"no address of {facts.node_name} accepts connections to NodePorts",
         details=(f"nodePortAddresses selects none of its addresses: {addresses}",),
         fix="correct nodePortAddresses (--nodeport-addresses) in the configuration of kproxy",
     )
@@ -99,6 +99,8 @@ def hints_reason(facts: Facts, case: PortCase) -> Reason | None:
     """
     for family in case.plans if facts.node is not None else ():
         context = facts.context(family)
+        if not case.plans[family].cluster_endpoints:
+            continue  # traffic with policy Local does not use hints
         ready = [each for each in known_endpoints(facts, case, family).values() if each.ready]
         if not ready or not all(each.for_zones or each.for_nodes for each in ready):
             continue

@@ -28,10 +28,22 @@ def rules_problem(facts: Facts, families: Collection[Family]) -> RulesProblem | 
     """Return why the kernel does not have the planned rules of a Service in `families`, or None if it has them."""
     if facts.daemon is not None:
         states = {family: state for family, state in facts.daemon.families.items() if family in families}
+        if facts.daemon.families and not states:
+            return _not_served(facts, families)
         problem = _quarantined(states) or _unsynced(facts, facts.daemon, states)
         if problem is not None:
             return problem
     return _drifted(facts)
+
+
+def _not_served(facts: Facts, families: Collection[Family]) -> RulesProblem:
+    name = " and ".join(family.value for family in families)
+    reason = Reason(
+        code="FamilyMissing",
+        message=f"the Service has only {name} addresses, and kproxy on {facts.node_name} does not serve {name}",
+        fix=f"see the log of kproxy at its start: it says why it skips {name}",
+    )
+    return RulesProblem("NOT PROGRAMMED", reason, first=True)
 
 
 def _quarantined(states: Mapping[Family, FamilyServiceState]) -> RulesProblem | None:

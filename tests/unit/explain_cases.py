@@ -499,7 +499,7 @@ BROKEN = [
         cluster(edit(BALANCER, "{ingress: [{ip: 203.0.113.80}]}", "{}"), SLICE, PODS),
         "DEGRADED",
         "LoadBalancerPending",
-        "30080",
+        "NodePort",
     ),
     SetUp("hints for other zones", cluster(SERVICE, ZONE_HINTS, PODS), "DEGRADED", "HintsExcludeThisNode", "zone b"),
     SetUp(
@@ -598,6 +598,20 @@ BROKEN = [
         "DROPPED",
         "NoLocalEndpoints",
         "--hostname-override",
+    ),
+    SetUp(
+        "load balancer of two ports pending",
+        cluster(
+            edit(
+                BALANCER,
+                "nodePort: 30080}",
+                "nodePort: 30080}\n  - {name: admin, port: 81, targetPort: http, nodePort: 30081}",
+            ).replace("{ingress: [{ip: 203.0.113.80}]}", "{}"),
+            edit(SLICE, "ports: [", "ports: [{name: admin, port: 8080}, "),
+            PODS,
+        ),
+        "DEGRADED",
+        "LoadBalancerPending",
     ),
     SetUp(
         "no replicas",

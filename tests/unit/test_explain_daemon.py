@@ -114,6 +114,12 @@ def test_not_synced_yet(changes: dict[str, object], with_cluster: bool) -> None:
     assert failure is None or str(failure) in report.reason.message
 
 
+def test_a_family_that_the_node_does_not_serve() -> None:
+    text = SOUND.replace("10.96.0.82", '"fd00:96::82"')
+    only_ipv4 = {Family.IPV4: FamilyServiceState(CONTEXTS[Family.IPV4])}
+    assert conclusion(explain(facts(state(text, families=only_ipv4)))) == ("NOT PROGRAMMED", "FamilyMissing")
+
+
 def test_missing_endpoints_precede_a_pending_change() -> None:
     text = cluster(SERVICE, UNREADY_SLICE, PODS)
     assert conclusion(explain(facts(state(text, pending=True)))) == ("REJECTED", "NoReadyEndpoints")
