@@ -193,6 +193,15 @@ class Pod(ApiStruct):
         return any(each.type == "Ready" and each.status == "True" for each in self.status.conditions or ())
 
     @property
+    def unready(self) -> bool:
+        """Whether its status says that it is not ready. Without a status, this is unknown."""
+        condition = next((each.status for each in self.status.conditions or () if each.type == "Ready"), "")
+        if condition:
+            return condition != "True"
+        waiting = any(not each.ready for each in self.status.container_statuses or ())
+        return waiting or self.finished or self.status.phase == "Pending"
+
+    @property
     def terminating(self) -> bool:
         """Whether it is being deleted."""
         return self.metadata.deletion_timestamp is not None

@@ -102,6 +102,9 @@ def _endpoints(facts: Facts, code: str) -> Iterator[ExplainNote]:
         pods = [pod for pod in _pods(facts) if not unready.isdisjoint(pod.addresses)]
         text = f"{len(unready)} of {plural(len(total), 'endpoint')} {'is' if len(unready) == 1 else 'are'} not ready"
         yield _note("SomeEndpointsNotReady", text + (f": {names_of(pods)}" if pods else ""))
+    for each in facts.objects.slices_of(facts.key) if facts.objects else ():
+        if each.invalid and code != "InvalidObject":
+            yield _note("InvalidEndpoints", f"EndpointSlice {each.name} cannot be used: {each.problem}")
     invalid = sum(each.invalid for each in facts.slices)
     if invalid and code != "InvalidObject":
         text = f"{plural(invalid, 'endpoint or port')} in its EndpointSlices cannot be used"

@@ -50,6 +50,9 @@ def rejection_cause(facts: Facts, port: ServicePort, index: int, families: Seque
     in_pods = _cause_in_pods(facts, raw, index, pods, families) if raw is not None and pods is not None else None
     if in_pods is not None:
         return in_pods
+    raw_port = _raw_port(raw, index)
+    if raw_port is not None:
+        live = [pod for pod in live if resolves(pod, raw_port)]
     known: dict[str, Endpoint] = {}
     ordered = sorted(facts.slices, key=lambda each: each.name)
     for family in families:
@@ -101,7 +104,7 @@ def _unusable_endpoints(
     count = len(known)
     if all(endpoint.terminating for endpoint in known.values()):
         staying = [pod for pod in live if not pod.terminating]
-        if staying and not any(pod.ready for pod in staying):
+        if staying and all(pod.unready for pod in staying):
             return pods_not_ready(staying)
         subject = "its only endpoint is" if count == 1 else f"all {count} endpoints are"
         return Reason(
@@ -109,13 +112,14 @@ def _unusable_endpoints(
             message=f"{subject} terminating and no longer serving",
             fix="start pods that stay: check the replicas of the Deployment and whether new pods can be scheduled",
         )
-    if pods is not None and live and not any(pod.ready for pod in live):
+    if pods is not None and live and all(pod.unready for pod in live):
         return pods_not_ready(live)
     subject = "its only endpoint is" if count == 1 else f"none of its {count} endpoints is"
     message = f"{subject} {'not ' if count == 1 else ''}ready"
     details: tuple[str, ...] = ()
-    if any(pod.ready for pod in live):
-        details = (f"{plural(sum(pod.ready for pod in live), 'pod')} are ready, so the EndpointSlices are out of date",)
+    if ready := [pod.metadata.name for pod in live if pod.ready]:
+        verb = "is" if len(ready) == 1 else "are"
+        details = (f"{plural(len(ready), 'pod')} {verb} ready, so the EndpointSlices are out of date",)
         fix = "check that kube-controller-manager runs: it writes the EndpointSlices"
     else:
         namespace = facts.key.partition("/")[0]
@@ -125,7 +129,7 @@ def _unusable_endpoints(
 
 def _nothing_listed(facts: Facts, raw: SeenService | None, pods: Sequence[Pod] | None, live: Sequence[Pod]) -> Reason:
     """Return the reason if no slice lists any endpoint."""
-    unready = pods is not None and live and not any(pod.ready for pod in live)
+    unready = pods is not None and live and all(pod.unready for pod in live)
     if not unready or (raw is not None and raw.spec.publish_not_ready_addresses):
         return _no_slices(facts, raw, pods, live)
     if not all(pod.terminating for pod in live):

@@ -614,6 +614,30 @@ BROKEN = [
         "LoadBalancerPending",
     ),
     SetUp(
+        "ready pods without the port of the new ones, which are not ready",
+        cluster(
+            edit(SERVICE, "targetPort: http", "targetPort: web"),
+            UNREADY_SLICE.replace("10.244.2.5", "10.244.2.6").replace("10.244.1.5", "10.244.1.6"),
+            PODS,
+            CRASHING_PODS.replace("name: http", "name: web").replace("api-1", "api-3").replace("api-2", "api-4"),
+        ),
+        "REJECTED",
+        "PodsNotReady",
+        "CrashLoopBackOff",
+    ),
+    SetUp(
+        "pods whose status says nothing",
+        cluster(
+            SERVICE,
+            EMPTY_SLICE,
+            PODS.replace('conditions: [{type: Ready, status: "True"}]', "").replace(
+                "containerStatuses: [{name: server, ready: true, state: {running: {}}}]", ""
+            ),
+        ),
+        "REJECTED",
+        "NoEndpoints",
+    ),
+    SetUp(
         "no replicas",
         cluster(SERVICE, EMPTY_SLICE, PODS.replace("app: api", "app: web").replace("shop", "web")),
         "REJECTED",
@@ -641,6 +665,14 @@ SOUND = [
         cluster(edit(SERVICE, "  selector:", "  internalTrafficPolicy: Local\n  selector:"), REMOTE_SLICE, PODS),
         "WORKS",
         client="10.244.2.77",
+    ),
+    SetUp(
+        "one of two slices invalid",
+        cluster(
+            SERVICE, SLICE, edit(SLICE, "x7k2p", "zzzzz").replace("addresses: [10.244.1.5]", "addresses: none"), PODS
+        ),
+        "WORKS",
+        notes=frozenset({"InvalidEndpoints"}),
     ),
     SetUp("hints, but the Node was not seen", "---".join((SERVICE, ZONE_HINTS, PODS)), "WORKS"),
     SetUp("ClusterIP", cluster(SERVICE, SLICE, PODS), "WORKS"),
