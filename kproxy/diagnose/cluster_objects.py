@@ -6,6 +6,7 @@ The types in `kproxy.kube.codec.schema` have only the fields that the rules depe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
@@ -282,7 +283,7 @@ class InvalidService(Struct, frozen=True):
     problem: str
 
 
-class ClusterObjects(Struct, frozen=True):
+class ClusterObjects(Struct, frozen=True, dict=True):
     """Objects of a cluster. A kind is None if its objects could not be seen.
 
     `service_objects` are the Services as users write them, and `services` those of them that get rules.
@@ -313,7 +314,14 @@ class ClusterObjects(Struct, frozen=True):
 
     def slices_of(self, key: ServiceKey) -> tuple[SeenSlice, ...]:
         """Return the slices that name the Service with this key."""
-        return tuple(each for each in self.slices or () if f"{each.namespace}/{each.label}" == key)
+        return self._slices_by_service.get(key, ())
+
+    @cached_property
+    def _slices_by_service(self) -> dict[ServiceKey, tuple[SeenSlice, ...]]:
+        found: dict[ServiceKey, list[SeenSlice]] = {}
+        for each in self.slices or ():
+            found.setdefault(f"{each.namespace}/{each.label}", []).append(each)
+        return {key: tuple(slices) for key, slices in found.items()}
 
 
 _decode_service = decoder(SeenService)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from msgspec import Struct
+
 from kproxy.diagnose.cluster_objects import SeenSlice
 from kproxy.diagnose.explain_report import EndpointExplanation, EndpointState
 from kproxy.documents.document import field_path_text
@@ -15,6 +17,13 @@ from kproxy.model.context import Context
 from kproxy.model.endpoints import endpoints_by_socket
 from kproxy.model.plan import ServicePortPlan
 from kproxy.model.types import Endpoint, EndpointSlice, Family, ServicePort
+
+
+class _UsedSockets(Struct, frozen=True):
+    """The endpoints of a plan for each traffic policy."""
+
+    cluster: frozenset[str]
+    local: frozenset[str]
 
 
 def explain_endpoints(
@@ -52,6 +61,7 @@ def _of_family(
     ordered = sorted(slices, key=lambda each: each.name)
     chosen = endpoints_by_socket(ordered, context.family, port.name, port.protocol)
     yielded: set[str] = set()
+    used = _UsedSockets(frozenset(plan.cluster_endpoints), frozenset(plan.local_endpoints))
     for each in ordered:
         targets = [target for target in each.ports if target.name == port.name and target.protocol == port.protocol]
         if not targets:
@@ -66,7 +76,7 @@ def _of_family(
                     yield _explanation(socket, endpoint, each.name, "Duplicate", message)
                     continue
                 yielded.add(socket)
-                state, message = _state(socket, endpoint, plan, context)
+                state, message = _state(socket, endpoint, used, plan, context)
                 yield _explanation(socket, endpoint, each.name, state, message)
 
 
@@ -85,8 +95,10 @@ def _missing_port(port: ServicePort, each: EndpointSlice) -> str:
     return f"its slice has no {port.protocol} port {wanted}; it has {names}"
 
 
-def _state(socket: str, endpoint: Endpoint, plan: ServicePortPlan, context: Context) -> tuple[EndpointState, str]:
-    in_cluster, in_local = socket in plan.cluster_endpoints, socket in plan.local_endpoints
+def _state(
+    socket: str, endpoint: Endpoint, used: _UsedSockets, plan: ServicePortPlan, context: Context
+) -> tuple[EndpointState, str]:
+    in_cluster, in_local = socket in used.cluster, socket in used.local
     if in_cluster or in_local:
         state: EndpointState = "Ready" if endpoint.ready else "ServingWhileTerminating"
         text = "used" if endpoint.ready else "used although it is terminating: no endpoint is ready"

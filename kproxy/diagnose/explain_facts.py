@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 from msgspec import Struct, field
 
@@ -61,7 +62,7 @@ class TrackedFlow(Struct, frozen=True):
     stale: bool
 
 
-class Facts(Struct, frozen=True):
+class Facts(Struct, frozen=True, dict=True):
     """Everything that is known about a Service on a node.
 
     `contexts` are the contexts of the families of this node. `objects` is None if neither files nor the API server
@@ -80,7 +81,7 @@ class Facts(Struct, frozen=True):
     flows: tuple[TrackedFlow, ...] = ()
     sources: tuple[ExplainSource, ...] = ()
 
-    @property
+    @cached_property
     def node(self) -> Node | None:
         """The Node object of this node, if it is known."""
         known = next((each for each in self.nodes if each.name == self.node_name), None)
@@ -91,7 +92,7 @@ class Facts(Struct, frozen=True):
         """All Nodes that are known."""
         return (self.objects.nodes or ()) if self.objects else ()
 
-    @property
+    @cached_property
     def service(self) -> Service | None:
         """The Service as it gets rules, or None if it gets none or does not exist.
 
@@ -101,7 +102,7 @@ class Facts(Struct, frozen=True):
             return self.objects.service(self.key)
         return self.daemon.service if self.daemon else None
 
-    @property
+    @cached_property
     def slices(self) -> tuple[EndpointSlice, ...]:
         """The EndpointSlices of the Service that kproxy uses."""
         if self.objects is not None and self.objects.slices is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from random import Random
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -18,7 +20,9 @@ from kproxy.cli.main import main
 from kproxy.cli.output import WIDTH, Style, width
 from kproxy.cli.parser import parse
 from kproxy.config import configure
+from kproxy.diagnose.cluster_objects import cluster_objects
 from kproxy.diagnose.explain import explain
+from kproxy.diagnose.explain_facts import Facts
 from kproxy.diagnose.explain_report import NoteCode, ReasonCode, ServiceExplanation
 from kproxy.diagnose.report import document, schema
 from tests.unit.explain_cases import BROKEN, PODS, SERVICE, SLICE, SOUND, SetUp, cluster, edit
@@ -93,6 +97,38 @@ def test_names_of_any_length_and_with_control_characters_fit(tmp_path: Path) -> 
         text = in_text(setup, tmp_path)
         assert text.replace("\n", "").isprintable()
         assert max(map(len, text.split("\n"))) <= WIDTH
+
+
+STRANGE: tuple[Any, ...] = (None, "", 0, -1, [], {}, "x", True, [None], {"a": 1}, "10.0.0.1", 1 << 70, "\x1b[31m", 1.5)
+
+
+def paths(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Yield the paths of all fields of an object."""
+    fields = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for step, child in fields:
+        yield (*path, step)
+        yield from paths(child, (*path, step))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_strange_objects_are_explained(seed: int) -> None:
+    """Whatever a field contains, the report is valid, and there is a reason unless the Service works."""
+    random = Random(seed)
+    for setup in random.sample([*BROKEN, *SOUND], 40):
+        objects = list(yaml.safe_load_all(setup.yaml))
+        for _ in range(random.choice((1, 2, 4))):
+            changed = random.choice(objects)
+            *parents, last = random.choice(list(paths(changed)) or [("kind",)])
+            for step in parents:
+                changed = changed[step]
+            changed[last] = random.choice(STRANGE)
+        facts = Facts("shop/api", "nftables", "node-1", {}, cluster_objects(objects))
+        report = explain(facts, random.choice(("", "203.0.113.7", "10.244.2.7", "fd00::12")))
+        VALIDATOR.validate(document(report))
+        assert (report.reason is None) == (report.verdict == "WORKS")
+        lines = list(explanation_lines(report, Style()))
+        assert max(map(len, lines)) <= WIDTH
+        assert "".join(lines).isprintable()
 
 
 def test_many_endpoints_are_cut(tmp_path: Path) -> None:
