@@ -7,7 +7,7 @@ from kproxy.diagnose.explain_facts import Facts
 from kproxy.diagnose.explain_report import Reason
 from kproxy.diagnose.pods import plural
 from kproxy.diagnose.port_case import PortCase, known_endpoints, own_flows
-from kproxy.model.addresses import family_of
+from kproxy.model.addresses import family_of, split_socket_text
 from kproxy.model.types import Family
 
 
@@ -34,20 +34,23 @@ def stale_reason(facts: Facts, case: PortCase) -> Reason | None:
     stale = [flow for flow in own_flows(facts, case, stale=True) if flow.protocol == "UDP"]
     if not stale:
         return None
-    first = stale[0]
-    count = sum(each.count for each in stale)
+    first, *others = stale
     family = "ipv6" if first.family is Family.IPV6 else "ipv4"
-    protocol = first.protocol.lower()
     address, _, port = first.frontend.rpartition(":")
     destination = f" --orig-dst {address.strip('[]')}" if address else ""
-    command = f"conntrack -D -f {family} -p {protocol}{destination} --dport {port}"
-    return Reason(
-        code="StaleConntrack",
-        message=f"{plural(count, 'tracked ' + first.protocol + ' flow')} to {first.frontend} still "
-        f"{'goes' if count == 1 else 'go'} to {first.endpoint}, which is no longer an endpoint",
-        details=("new flows reach the current endpoints; a client that keeps its source port does not",),
-        fix=f"delete the entries: {command}",
-    )
+    source = split_socket_text(first.endpoint)[0]
+    flows = f"{plural(first.count, 'tracked UDP flow')} to {first.frontend}"
+    if first.endpoint.endswith(first.frontend):
+        message = f"{flows} {'was' if first.count == 1 else 'were'} never sent to an endpoint, and will not be"
+    else:
+        verb = "goes" if first.count == 1 else "go"
+        message = f"{flows} still {verb} to {first.endpoint}, which is no longer an endpoint"
+    details = ["new flows reach the current endpoints; a client that keeps its source port does not"]
+    details += [
+        f"the same for {plural(each.count, 'flow')} to {each.frontend} at {each.endpoint}" for each in others[:3]
+    ]
+    command = f"conntrack -D -f {family} -p udp{destination} --dport {port} --reply-src {source}"
+    return Reason(code="StaleConntrack", message=message, details=tuple(details), fix=f"delete the entries: {command}")
 
 
 def only_terminating(facts: Facts, case: PortCase) -> Reason | None:

@@ -179,6 +179,15 @@ def test_stale_flows(protocol: str) -> None:
         assert "conntrack -D -f ipv4 -p udp --orig-dst 10.96.0.82 --dport 80" in report.reason.fix
 
 
+def test_flows_that_were_never_translated() -> None:
+    text = SOUND.replace("protocol: TCP", "protocol: UDP")
+    flow = TrackedFlow(Family.IPV4, "UDP", "10.96.0.82:80", "10.96.0.82:80", 1, stale=True)
+    report = explain(facts(state(text), flows=(flow,)))
+    assert conclusion(report) == ("DEGRADED", "StaleConntrack")
+    assert report.reason is not None
+    assert "1 tracked UDP flow to 10.96.0.82:80 was never sent to an endpoint" in report.reason.message
+
+
 def test_a_frontend_of_a_service_that_could_not_be_seen() -> None:
     daemon = state(SOUND)
     assert daemon.service is not None
