@@ -251,7 +251,10 @@ def _unseen(facts: Facts) -> Iterator[str]:
     if objects is None:
         yield "Pods and the Service as its user wrote it: the API server was not read"
         return
-    kinds = {"Nodes": objects.nodes, "Pods": objects.pods, "NetworkPolicies": objects.policies}
+    raw = objects.service_object(facts.key)
+    kinds: dict[str, object] = {"Nodes": objects.nodes}
+    if raw is not None and raw.spec.selector:
+        kinds |= {"Pods": objects.pods, "NetworkPolicies": objects.policies}
     if missing := [name for name, found in kinds.items() if found is None]:
         where = "not readable" if facts.live else "not in the files"
         yield f"{', '.join(missing)} ({where})"
