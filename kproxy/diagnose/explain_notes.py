@@ -54,12 +54,13 @@ def notes(
     """Yield remarks about a Service that follow neither from each other nor from `reason`, its problem."""
     if raw is not None and raw.metadata.deletion_timestamp is not None:
         yield _note("ServiceBeingDeleted", "the Service is being deleted")
-    if facts.nodes and all(each.name != facts.node_name for each in facts.nodes):
+    code = reason.code if reason is not None else ""
+    unknown = facts.nodes and all(each.name != facts.node_name for each in facts.nodes)
+    if unknown and code != "NoLocalEndpoints":  # whose details say it
         names = ", ".join(each.name for each in facts.nodes[:4])
         yield _note("NodeUnknown", f"no Node is named {facts.node_name}; Nodes: {names} (--hostname-override)")
     if not cases:
         return
-    code = reason.code if reason is not None else ""
     if code not in _ABOUT_PODS:
         yield from _target_ports(facts, raw, cases)
         yield from _endpoints(facts, code)

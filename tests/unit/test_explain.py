@@ -55,6 +55,7 @@ def test_verdict_and_reason(setup: SetUp, mode: str, tmp_path: Path) -> None:
 def test_consequences_are_no_reasons(setup: SetUp, tmp_path: Path) -> None:
     """All ports name the same reason or work, and remarks do not repeat it."""
     report = explained(setup, tmp_path)
+    assert "NodeUnknown" not in {note.code for note in report.notes}
     assert {port.reason for port in report.ports} <= {None, report.reason}
     assert report.reason is None or report.reason.code not in {note.code for note in report.notes}
 
