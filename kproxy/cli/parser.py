@@ -20,9 +20,10 @@ COMMANDS = {
     "apply": "program the node once, from files",
     "render": "print the rules for the objects in files, without changing anything",
     "status": "show the state of the daemon on this node",
+    "explain": "say why a Service works on this node or does not, and what to do",
+    "doctor": "check whether kproxy can work on this node, and what may disturb it",
     "bundle": "collect everything for a bug report in one archive",
     "log-level": "show or change the log verbosity of the daemon on this node",
-    "doctor": "check whether kproxy can work on this node, and what may disturb it",
     "completion": "print a shell completion script",
 }
 """The commands and their summaries. Each command is defined by the module of the same name in this package."""
@@ -41,6 +42,8 @@ examples:
   kproxy apply --objects=all.yaml
   # print the rules, without root privileges
   kproxy render --objects=all.yaml --family=ipv4
+  # say why a Service does not work on this node
+  kproxy explain shop/api
   # stop proxying: remove the rules of kproxy and kube-proxy
   kproxy run --cleanup
 

@@ -198,8 +198,46 @@ class _StaleFilter:
         return socket_text(address, _PORT.unpack(packed[-2:])[0])
 
 
-def dump_request(layout: TupleLayout, address: bytes = b"", port: bytes = b"") -> bytes:
-    """Return the payload of a request to dump the UDP entries of a family.
+def read_flows(family: Family, protocol: int, port: int = 0) -> list[tuple[str, str]]:
+    """Return the original destination and the reply source of each entry of an IP protocol, both as `ip:port`.
+
+    With a `port`, only the entries with this destination port are returned. Entries in all zones are included. Raises
+    `OSError`.
+    """
+    layout = TUPLE_LAYOUTS[family]
+    packed_port = _PORT.pack(port) if port else b""
+    request = dump_request(layout, port=packed_port, protocol=protocol)
+
+    def read() -> list[tuple[str, str]]:
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            messages = netlink.dump(nfnl_type(NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET), request)
+            found = (_parse_sockets_of(layout, protocol, *message) for message in messages)
+            # Kernels before 5.8 ignore the filter.
+            return [
+                (_unpacked_text(layout, destination), _unpacked_text(layout, source))
+                for destination, source in filter(None, found)
+                if destination.endswith(packed_port)
+            ]
+
+    return retry_interrupted(read)
+
+
+def _parse_sockets_of(layout: TupleLayout, protocol: int, data: bytes, begin: int, end: int) -> FlowSockets | None:
+    """Return the sockets of an entry, or None if the entry is not for this IP protocol."""
+    found = attributes(data, begin + NFGENMSG_SIZE, end)
+    destination = _parse_socket(data, found.get(CTA_TUPLE_ORIG), layout.destination, CTA_PROTO_DST_PORT, protocol)
+    source = _parse_socket(data, found.get(CTA_TUPLE_REPLY), layout.source, CTA_PROTO_SRC_PORT, protocol)
+    return (destination, source) if destination and source else None
+
+
+def _unpacked_text(layout: TupleLayout, packed: bytes) -> str:
+    return socket_text(socket.inet_ntop(layout.address_family, packed[:-2]), _PORT.unpack(packed[-2:])[0])
+
+
+def dump_request(
+    layout: TupleLayout, address: bytes = b"", port: bytes = b"", protocol: int = socket.IPPROTO_UDP
+) -> bytes:
+    """Return the payload of a request to dump the entries of a family and an IP protocol.
 
     With a `port` or an `address` (both packed), the request is limited to the entries with this original destination.
     Kernels before 5.8 ignore CTA_FILTER and dump all entries.
@@ -208,7 +246,7 @@ def dump_request(layout: TupleLayout, address: bytes = b"", port: bytes = b"") -
     flags |= CTA_FILTER_F_CTA_PROTO_DST_PORT if port else 0
     flags |= CTA_FILTER_F_CTA_IP_DST if address else 0
     ip = nested(CTA_TUPLE_IP, attribute(layout.destination, address)) if address else b""
-    proto = attribute(CTA_PROTO_NUM, bytes([socket.IPPROTO_UDP]))
+    proto = attribute(CTA_PROTO_NUM, bytes([protocol]))
     proto += attribute(CTA_PROTO_DST_PORT, port) if port else b""
     return (
         nfgenmsg(layout.address_family)
@@ -294,10 +332,7 @@ class ConntrackEntryReader:
         return CTA_ZONE in found or not self.is_standard(self.fingerprint(data, begin))
 
     def _parse_sockets(self, data: bytes, begin: int, end: int) -> FlowSockets | None:
-        found = attributes(data, begin + NFGENMSG_SIZE, end)
-        destination = _parse_socket(data, found.get(CTA_TUPLE_ORIG), self._layout.destination, CTA_PROTO_DST_PORT)
-        source = _parse_socket(data, found.get(CTA_TUPLE_REPLY), self._layout.source, CTA_PROTO_SRC_PORT)
-        return (destination, source) if destination and source else None
+        return _parse_sockets_of(self._layout, socket.IPPROTO_UDP, data, begin, end)
 
 
 def _encode_tuple(direction: int, layout: TupleLayout, byte: bytes) -> bytes:
@@ -308,15 +343,17 @@ def _encode_tuple(direction: int, layout: TupleLayout, byte: bytes) -> bytes:
     return nested(direction, nested(CTA_TUPLE_IP, *ip), proto)
 
 
-def _parse_socket(data: bytes, position: tuple[int, int] | None, address: int, port: int) -> bytes | None:
-    """Return one socket of the tuple at a position, or None if there is no UDP tuple at this position.
+def _parse_socket(
+    data: bytes, position: tuple[int, int] | None, address: int, port: int, protocol: int
+) -> bytes | None:
+    """Return one socket of the tuple at a position, or None if there is no tuple of the protocol at this position.
 
     `address` and `port` are the types of the attributes that contain the address and the port of the socket.
     """
     try:
         fields = attributes(data, *position) if position else {}
         ip, proto = attributes(data, *fields[CTA_TUPLE_IP]), attributes(data, *fields[CTA_TUPLE_PROTO])
-        if data[proto[CTA_PROTO_NUM][0]] != socket.IPPROTO_UDP:
+        if data[proto[CTA_PROTO_NUM][0]] != protocol:
             return None
         return data[slice(*ip[address])] + data[slice(*proto[port])]
     except KeyError:

@@ -77,6 +77,8 @@ RESOURCES = (
     ENDPOINT_SLICES,
     NODES,
     Resource("", "v1", "namespaces", "Namespace", namespaced=False),
+    Resource("", "v1", "pods", "Pod", selectable=("spec.nodeName", "status.phase")),
+    Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy"),
     Resource("", "v1", "events", "Event"),
     Resource("", "v1", "configmaps", "ConfigMap"),
     EVENTS,

@@ -34,7 +34,10 @@ def error_line(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("frobnicate",), "kproxy: unknown command 'frobnicate'; commands: run, apply, render, completion (see"),
+        (
+            ("frobnicate",),
+            "kproxy: unknown command 'frobnicate'; commands: run, apply, render, explain, completion (see",
+        ),
         (("rendr",), "kproxy: unknown command 'rendr'; did you mean render? (see kproxy --help)"),
         (("",), "kproxy: unknown command ''; commands: run, "),
         (

@@ -126,7 +126,7 @@ def bash_completions(directory: Path, *words: str) -> set[str]:
 @pytest.mark.parametrize(
     ("words", "completions"),
     [
-        (("",), {"run", "apply", "render", "completion"}),
+        (("",), {"run", "apply", "render", "explain", "completion"}),
         (("run", "--proxy"), {"--proxy-mode", "--proxy-port-range"}),
         (("run", "--proxy-mode", "="), {"iptables", "nftables"}),
         (("run", "--proxy-mode", ""), {"iptables", "nftables"}),

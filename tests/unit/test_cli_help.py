@@ -71,7 +71,7 @@ def test_examples_of_run_use_its_main_flags() -> None:
 
 
 def test_main_help_has_an_example_and_a_summary_of_each_command() -> None:
-    assert {words[0] for words in EXAMPLES[()]} == {"run", "apply", "render"}
+    assert {words[0] for words in EXAMPLES[()]} == {"run", "apply", "render", "explain"}
     assert all(re.search(rf"\n +{name} +{summary.split()[0]} ", page()) for name, summary in COMMANDS.items())
 
 

@@ -68,6 +68,9 @@ PURE = (
     *(f"diagnose.{name}" for name in ("facts", "finding", "paths", "processes", "legacy_save", "doctor")),
     *(f"diagnose.check_{name}" for name in ("platform", "rules", "network", "cluster")),
     "host.observed",
+    *(f"diagnose.{name}" for name in ("explain", "explain_facts", "explain_notes", "explain_report", "client_view")),
+    *(f"diagnose.{name}" for name in ("cluster_objects", "endpoint_use", "pods", "port_case", "port_reasons")),
+    *(f"diagnose.{name}" for name in ("rejection_cause", "rules_problem", "service_problem")),
     *(
         "config.types",
         "config.conntrack_sysctls",
