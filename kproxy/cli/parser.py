@@ -20,6 +20,7 @@ COMMANDS = {
     "apply": "program the node once, from files",
     "render": "print the rules for the objects in files, without changing anything",
     "status": "show the state of the daemon on this node",
+    "top": "show the connections to Services and their endpoints",
     "log-level": "show or change the log verbosity of the daemon on this node",
     "completion": "print a shell completion script",
 }

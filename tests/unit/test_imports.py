@@ -33,6 +33,7 @@ PURE = (
     "model.*",
     *(f"iptables.{name}" for name in ("names", "render", "base_rules", "save_restore", "ledger", "diff", "dispatch")),
     *(f"iptables.{name}" for name in ("frontend_conflicts", "patch", "cleanup", "foreign_rules", "repair")),
+    "iptables.rule_counters",
     *(
         f"nftables.{name}"
         for name in ("names", "comments", "ruleset", "elements", "base_table", "shared_chains", "render")
@@ -55,7 +56,7 @@ PURE = (
         "sync.service_conditions",
         "sync.log_summary",
     ),
-    *("app.family_contexts", "app.node_port_addresses", "diagnose.report", "diagnose.status"),
+    *("app.family_contexts", "app.node_port_addresses", "diagnose.report", "diagnose.status", "diagnose.top"),
     *(
         "config.types",
         "config.conntrack_sysctls",

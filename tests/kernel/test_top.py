@@ -1,0 +1,252 @@
+"""`kproxy top` on a real node: it counts real connections, and the counters survive what happens to other Services."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+
+from kproxy.diagnose.report import schema
+from kproxy.diagnose.top import Top
+from tests.lab.client import Answered, send_request
+from tests.lab.modes import BOTH_MODES, affinity_clients, mode_flag
+from tests.lab.proxy import KPROXY, Daemon, apply
+from tests.lab.servers import Servers
+from tests.lab.topology import Lab
+from tests.lab.waiting import wait_until
+from tests.lab.web_service import CLUSTER_IPS, NODE_PORT, WebService
+
+NOBODY = 65534
+OTHER_IPS = {4: "10.96.0.81", 6: "fd00:10:96::81"}
+WEB, OTHER = ("demo", "web", "main"), ("demo", "other", "main")
+VERSIONS = (4, 6)
+CONFIGURATION = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nkproxy: {settings}\n"
+
+
+class CountingNode:
+    """A node with the Services `web` (ClusterIP and NodePort) and `other`, in one mode."""
+
+    def __init__(self, lab: Lab, web: WebService, folder: Path, mode: str) -> None:
+        self.lab, self.web = lab, web
+        self.pods = [web.pod(1), web.pod(2)]
+        self._config = folder / "config.yaml"
+        self._flags = (f"--config={self._config}", mode_flag(mode))
+        self.log = folder / "kproxy.log"
+        self.configure("{connectionCounters: true}")
+
+    def configure(self, settings: str) -> None:
+        self._config.write_text(CONFIGURATION.format(settings=settings))
+
+    def write(self, *, other: int = 1, **spec: Any) -> None:
+        """Write the objects; `other` is the number of endpoints of the Service `other`."""
+        own = self.web.service("web", *CLUSTER_IPS.values(), **({"type": "NodePort"} | spec))
+        other_service = self.web.service("other", *OTHER_IPS.values())
+        slices = [*self.web.slices("web", self.pods), *self.web.slices("other", self.pods[:other])]
+        self.web.write([own, other_service, *slices])
+
+    def apply(self) -> None:
+        apply(self.lab, self.web.folder, *self._flags)
+
+    def daemon(self, *flags: str) -> Daemon:
+        return Daemon(self.lab, self.web.folder, self.log, *self._flags, *flags)
+
+    def connect(self, version: int, number: int, address: str, port: int = 80) -> Counter[str]:
+        """Make connections, and return how many reached each pod."""
+        outcomes = [send_request(self.web.client, address, port) for _ in range(number)]
+        assert all(isinstance(each, Answered) for each in outcomes), outcomes
+        return Counter(
+            next(pod.address(version) for pod in self.pods if pod.name == each.pod)
+            for each in outcomes
+            if isinstance(each, Answered)
+        )
+
+    def command(self, *arguments: str, user: int = 0) -> subprocess.CompletedProcess[str]:
+        prefix = ("setpriv", f"--reuid={user}", "--clear-groups") if user else ()
+        return self.lab.node.namespace.run([*prefix, KPROXY, "top", *arguments], check=False)
+
+    def top(self, *arguments: str) -> dict[str, Any]:
+        done = self.command("-o", "json", *arguments)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        Draft202012Validator(schema(Top)).validate(found)
+        return found
+
+    def counted(self) -> dict[tuple[str, str, str], int]:
+        return {(each["namespace"], each["service"], each["port"]): each["connections"] for each in self.services()}
+
+    def services(self) -> list[dict[str, Any]]:
+        services: list[dict[str, Any]] = self.top("--endpoints")["services"]
+        return services
+
+    def addresses(self, kind: str, name: str = "web") -> dict[str, int]:
+        """Return the connections of each endpoint or frontend of a Service."""
+        (found,) = (each for each in self.services() if each["service"] == name)
+        return {each["address"]: each["connections"] for each in found[kind]}
+
+
+@pytest.fixture
+def counting(lab: Lab, servers: Servers, tmp_path: Path, mode: str) -> CountingNode:
+    folder = tmp_path / "objects"
+    folder.mkdir()
+    return CountingNode(lab, WebService(lab, servers, folder, "TCP"), tmp_path, mode)
+
+
+def with_port(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+@BOTH_MODES
+def test_connections_are_counted_exactly(counting: CountingNode, mode: str) -> None:
+    counting.write()
+    counting.apply()
+    assert counting.counted().get(WEB, 0) == 0
+    endpoints: Counter[str] = Counter()
+    frontends: dict[str, int] = {}
+    for version in VERSIONS:
+        node = counting.lab.node.address(version)
+        reached = counting.connect(version, 7 + version, CLUSTER_IPS[version])
+        reached += counting.connect(version, 5 + version, node, NODE_PORT)
+        counting.connect(version, version, OTHER_IPS[version])
+        endpoints.update({with_port(address, 8080): number for address, number in reached.items()})
+        frontends[f"{with_port(CLUSTER_IPS[version], 80)}/TCP"] = 7 + version
+    frontends[f"NodePort {NODE_PORT}/TCP"] = 5 * 2 + 4 + 6
+    assert counting.counted() == {WEB: sum(frontends.values()), OTHER: 10}
+    assert {each: number for each, number in counting.addresses("endpoints").items() if number} == endpoints
+    assert counting.addresses("frontends") == (frontends if mode == "nftables" else {})
+
+
+@BOTH_MODES
+def test_counters_survive_an_update_of_another_service_and_a_restart(counting: CountingNode, mode: str) -> None:
+    counting.write()
+    with counting.daemon() as daemon:
+        daemon.wait_until_synced()
+        for version in VERSIONS:
+            counting.connect(version, 5, CLUSTER_IPS[version])
+        before = counting.addresses("endpoints")
+        counting.write(other=2)
+        wait_until(lambda: len(counting.addresses("endpoints", "other")) == 4, "the other Service has changed")
+        assert (counting.counted()[WEB], counting.addresses("endpoints")) == (10, before)
+        daemon.terminate()
+    with counting.daemon() as daemon:
+        daemon.wait_until_synced()
+        assert (counting.counted()[WEB], counting.addresses("endpoints")) == (10, before)
+        assert "replacing" not in counting.log.read_text()
+
+
+@pytest.mark.parametrize("mode", ["nftables"])
+def test_an_endpoint_that_stays_keeps_its_count(counting: CountingNode, mode: str) -> None:
+    counting.pods = counting.pods[:1]
+    counting.write()
+    counting.apply()
+    counting.connect(4, 3, CLUSTER_IPS[4])
+    counting.pods.append(counting.web.pod(3))
+    counting.write()
+    counting.apply()
+    assert counting.addresses("endpoints")[f"{counting.pods[0].address()}:8080"] == 3
+
+
+@pytest.mark.parametrize("mode", ["nftables"])
+def test_switching_the_setting_converts_the_table_and_keeps_connections(counting: CountingNode, mode: str) -> None:
+    counting.configure("{connectionCounters: false}")
+    counting.write()
+    counting.apply()
+    missing = counting.command()
+    assert missing.returncode == 3
+    assert missing.stderr == (
+        "kproxy: the IPv4 table kube-proxy has no counters; set kproxy.connectionCounters: true in the configuration "
+        "of kproxy\n"
+    )
+    for setting, found in (("true", 0), ("false", None), ("true", 0)):
+        counting.configure(f"{{connectionCounters: {setting}}}")
+        counting.apply()
+        assert counting.command().returncode == (3 if found is None else 0)
+        counting.connect(4, 2, CLUSTER_IPS[4])
+        if found is not None:
+            assert counting.counted()[WEB] == 2
+
+
+@BOTH_MODES
+def test_the_comparison_finds_no_drift_because_of_counters(counting: CountingNode, mode: str) -> None:
+    counting.write()
+    with counting.daemon("--v=4") as daemon:
+        daemon.wait_until_synced()
+        counting.connect(4, 3, CLUSTER_IPS[4])
+        # A foreign change elsewhere makes kproxy compare its own rules with what it has programmed.
+        counting.lab.node.namespace.run(["nft", "add", "table", "ip", "stranger"])
+        counting.write(other=2)
+        wait_until(lambda: len(counting.addresses("endpoints", "other")) == 4, "the other Service has changed")
+        status = json.loads(counting.lab.node.namespace.run([KPROXY, "status", "-o", "json"]).stdout)
+        assert [each["repairs"] for each in status["daemon"]["families"]] == [0, 0]
+        assert counting.counted()[WEB] == 3
+    assert "another process changed" not in counting.log.read_text()
+
+
+@pytest.mark.parametrize("mode", ["nftables"])
+def test_services_with_session_affinity(counting: CountingNode, mode: str) -> None:
+    counting.write(sessionAffinity="ClientIP")
+    counting.apply()
+    counting.connect(4, 3, CLUSTER_IPS[4])
+    assert counting.counted()[WEB] == 3
+    assert any(affinity_clients(counting.lab.node.namespace, "ip").values())
+    assert "not counted because of session affinity" in counting.command("demo/web").stdout
+
+
+@BOTH_MODES
+def test_text(counting: CountingNode, mode: str) -> None:
+    counting.write()
+    counting.apply()
+    counting.connect(4, 2, CLUSTER_IPS[4])
+    lines = counting.command("--sort=connections", "-n", "1").stdout.splitlines()
+    assert [line.split() for line in lines] == [
+        ["SERVICE", "CONNECTIONS"],
+        ["demo/web:main", "2"],
+        ["and", "1", "more"],
+        ["all", "2"],
+    ]
+    one = counting.command("demo/other").stdout
+    assert "  to 10.244.1.1:8080" in one
+    assert ("  from 10.96.0.81:80/TCP" in one) == (mode == "nftables")
+    assert "demo/web" not in one
+    rates = counting.command("--interval=0.05").stdout.splitlines()
+    assert rates[0].split() == ["SERVICE", "CONNECTIONS", "RATE"]
+    assert rates[-1].split()[-1] == "0.0/s"
+    unknown = counting.command("demo/nope")
+    assert unknown.returncode == 1
+    assert "no connections of Service demo/nope are counted" in unknown.stderr
+
+
+@BOTH_MODES
+def test_only_root_may_read_the_counters(counting: CountingNode, mode: str) -> None:
+    counting.write()
+    counting.apply()
+    done = counting.command(user=NOBODY)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("kproxy: only root may read the counters")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["nftables"])
+def test_node_without_rules(counting: CountingNode, mode: str) -> None:
+    done = counting.command()
+    assert done.returncode == 3
+    assert done.stderr.startswith("kproxy: this network namespace has no rules of kproxy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["web"], "the Service must be given as NAMESPACE/SERVICE, not 'web'"),
+        (["--sort=rate"], "--sort=rate needs --watch or --interval=SECONDS"),
+        (["--interval=0"], "--interval must be a positive number of seconds, not '0'"),
+        (["-n", "0"], "--number must be a positive integer, not '0'"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["nftables"])
+def test_invalid_usage(counting: CountingNode, mode: str, arguments: list[str], message: str) -> None:
+    done = counting.command(*arguments)
+    assert (done.returncode, done.stderr) == (2, f"kproxy: {message}\n")
