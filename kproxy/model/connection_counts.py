@@ -84,7 +84,7 @@ class ConnectionTotals:
     """Connections of each service port since the first reading, which never decrease while the service port exists.
 
     At most `limit` service ports are distinguished, including `OTHERS`. In the first reading, those with the most
-    connections are selected. Later, a new service port takes the place of one that has been removed.
+    connections are selected. Later, a new service port replaces one that has been removed.
     """
 
     def __init__(self, limit: int) -> None:

@@ -7,9 +7,11 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from prometheus_client.parser import text_string_to_metric_families
 
 from kproxy.diagnose.report import schema
 from kproxy.diagnose.top import Top
@@ -18,7 +20,7 @@ from tests.lab.modes import BOTH_MODES, affinity_clients, mode_flag
 from tests.lab.proxy import KPROXY, Daemon, apply
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
-from tests.lab.waiting import wait_until
+from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.lab.web_service import CLUSTER_IPS, NODE_PORT, WebService
 
 NOBODY = 65534
@@ -194,6 +196,36 @@ def test_services_with_session_affinity(counting: CountingNode, mode: str) -> No
     assert counting.counted()[WEB] == 3
     assert any(affinity_clients(counting.lab.node.namespace, "ip").values())
     assert "not counted because of session affinity" in counting.command("demo/web").stdout
+
+
+@BOTH_MODES
+def test_metric_has_a_limited_number_of_series(counting: CountingNode, mode: str) -> None:
+    counting.configure("{connectionCounters: true, serviceConnectionMetrics: 2}")
+    counting.write()
+
+    def read_page() -> str:
+        with urlopen("http://127.0.0.1:10249/metrics", timeout=HANG_GUARD) as response:
+            page: bytes = response.read()
+        return page.decode()
+
+    def scrape() -> dict[str, float]:
+        page = counting.lab.node.namespace.call(read_page)
+        return {
+            sample.labels["namespace"] + "/" + sample.labels["service"] + ":" + sample.labels["port"]: sample.value
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+            if sample.name == "kproxy_service_connections_total"
+        }
+
+    with counting.daemon() as daemon:
+        daemon.wait_until_synced()
+        counting.connect(4, 3, CLUSTER_IPS[4])
+        counting.connect(6, 2, CLUSTER_IPS[6])
+        counting.connect(4, 1, OTHER_IPS[4])
+        wait_until(lambda: scrape() == {"demo/web:main": 5, "/:": 1}, "the connections are counted")
+        counting.connect(4, 1, CLUSTER_IPS[4])
+        counting.connect(6, 2, OTHER_IPS[6])
+        wait_until(lambda: scrape() == {"demo/web:main": 6, "/:": 3}, "the new connections are counted")
 
 
 @BOTH_MODES
