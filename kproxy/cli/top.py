@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Iterator
+
+from msgspec.structs import replace
 
 from kproxy.cli.console import CannotTellError, CommandFailedError, UsageError, show
 from kproxy.cli.output import ExitCode, Style, add_output_flag, show_report, table, terminal_style
@@ -35,6 +38,8 @@ Only root may read the counters. No daemon needs to run."""
 WATCH_SECONDS = 2.0
 MAX_SECONDS = 86_400.0
 _CLEAR = "\x1b[H\x1b[2J"
+_OTHER_LINES = 4
+"""Lines that `top_lines` adds to those of the Services, and the one with the cursor."""
 _ORDERS = ("connections", "rate", "name")
 
 
@@ -66,8 +71,18 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _top(options: argparse.Namespace) -> int:
+    try:
+        return _show(options)
+    except KeyboardInterrupt:
+        return ExitCode.WORKS
+
+
+def _show(options: argparse.Namespace) -> int:
     seconds = _interval(options)
     query = _query(options, has_rates=seconds is not None)
+    on_screen = options.watch and options.output == "text" and terminal_style().colored
+    if on_screen and not query.limit:
+        query = replace(query, limit=max(shutil.get_terminal_size().lines - _OTHER_LINES, 1))
     from kproxy.app.connection_counts import read_counts
 
     def read() -> tuple[TopMode, Counts, float]:
@@ -82,10 +97,7 @@ def _top(options: argparse.Namespace) -> int:
     while True:
         if seconds is not None:
             before, began = counts, now
-            try:
-                time.sleep(seconds)
-            except KeyboardInterrupt:
-                return ExitCode.WORKS
+            time.sleep(seconds)
             mode, counts, now = read()
             earlier = Elapsed(before, now - began)
         report = make_top(mode, counts, earlier, query)
@@ -94,7 +106,7 @@ def _top(options: argparse.Namespace) -> int:
                 f"no connections of Service {query.service} are counted on this node: it does not exist, or it has no "
                 "endpoints"
             )
-        if options.watch and options.output == "text" and terminal_style().colored:
+        if on_screen:
             show(_CLEAR)
         show_report(report, options.output, lambda style, report=report: top_lines(report, query, style))  # type: ignore[misc]
         if not options.watch:

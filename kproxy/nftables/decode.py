@@ -175,16 +175,23 @@ class TableReader:
                 return _element(data, offset + 4, offset + size, definition.value)
         return None
 
-    def counted_elements(self, definition: NftSet) -> Iterator[tuple[SetElement, int | None]]:
-        """Yield the elements of a set, each with the packets that it counted, or None if it has no counter.
+    def counted_elements(self, definition: NftSet) -> list[tuple[SetElement, int | None]]:
+        """Return the elements of a set, each with the packets that it counted, or None if it has no counter.
 
-        Raises `DumpInterruptedError` at the end if any table has changed meanwhile: some elements may be missing or
-        repeated.
+        Raises `DumpInterruptedError` if the dump is not consistent.
         """
+        layout = _endpoint_layout(definition, self._family, counters=True)
+        found: list[tuple[SetElement, int | None]] = []
         with NetlinkSocket(NETLINK_NETFILTER) as netlink:
             for data, offset, size in self._dump_raw(netlink, definition):
                 begin, end = offset + 4, offset + size
-                yield _element(data, begin, end, definition.value), _packets(data, begin, end)
+                if layout and layout.matches(data, offset):
+                    found.append((layout.decode(data, offset), _BE64.unpack_from(data, end - _BE64.size)[0]))
+                else:
+                    found.append((_element(data, begin, end, definition.value), _packets(data, begin, end)))
+        if len({element.key for element, _ in found}) < len(found):
+            raise _interrupted_by_resizing()
+        return found
 
     def _object(self, netlink: NetlinkSocket, kind: int, request: bytes) -> list[tuple[bytes, dict[int, Span]]]:
         """Request one object. Return the reply and its attributes, or nothing if the object does not exist."""
@@ -240,8 +247,7 @@ class TableReader:
                 repeated |= element.key in elements
                 elements[element.key] = element
             if repeated:
-                # While the kernel resizes a set, the dump contains some elements twice, and lacks others (Linux 6.18).
-                raise DumpInterruptedError(0, "dump interrupted by the resizing of a set")
+                raise _interrupted_by_resizing()
         return elements
 
     def _dump_elements(self, netlink: NetlinkSocket, definition: NftSet) -> Iterator[SetElement]:
@@ -266,6 +272,11 @@ class TableReader:
                     raise MalformedMessageError(f"an element of {size} bytes where {list_end - offset} are left")
                 yield data, offset, size
                 offset += (size + 3) & ~3
+
+
+def _interrupted_by_resizing() -> DumpInterruptedError:
+    """While the kernel resizes a set, the dump contains some elements twice, and lacks others (Linux 6.18)."""
+    return DumpInterruptedError(0, "dump interrupted by the resizing of a set")
 
 
 class _EndpointElementLayout(Struct, frozen=True, gc=False):
@@ -313,7 +324,10 @@ def _endpoint_layout(definition: NftSet, family: Family, *, counters: bool) -> _
 
 
 def _counter_frame() -> tuple[bytes, int]:
-    """Return the constant first bytes of an element's counter, as the kernel dumps it, and the size of the counter."""
+    """Return the constant first bytes of an element's counter, as the kernel dumps it, and the size of the counter.
+
+    The last 8 bytes are the number of packets.
+    """
     name = attribute(nf.NFTA_EXPR_NAME, b"counter\0")
     number = 4 + _BE64.size
     data = struct.pack("=4H", 4 + 2 * number, nf.NFTA_EXPR_DATA, number, nf.NFTA_COUNTER_BYTES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+import yaml
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
 from kproxy.diagnose.report import schema
 from kproxy.diagnose.top import Top
-from tests.lab.client import Answered, send_request
+from tests.lab.client import Answered, complete_request, open_connection, send_request
+from tests.lab.continuous_requests import ContinuousRequests
 from tests.lab.modes import BOTH_MODES, affinity_clients, mode_flag
 from tests.lab.proxy import KPROXY, Daemon, apply
 from tests.lab.servers import Servers
@@ -163,13 +166,23 @@ def test_switching_the_setting_converts_the_table_and_keeps_connections(counting
         "kproxy: the IPv4 table kube-proxy has no counters; set kproxy.connectionCounters: true in the configuration "
         "of kproxy\n"
     )
-    for setting, found in (("true", 0), ("false", None), ("true", 0)):
+    client = counting.web.client
+    for setting in ("true", "false", "true"):
         counting.configure(f"{{connectionCounters: {setting}}}")
-        counting.apply()
-        assert counting.command().returncode == (3 if found is None else 0)
-        counting.connect(4, 2, CLUSTER_IPS[4])
-        if found is not None:
-            assert counting.counted()[WEB] == 2
+        established = [open_connection(client, CLUSTER_IPS[version], 80) for version in VERSIONS]
+        with ContinuousRequests(lambda: send_request(client, CLUSTER_IPS[6], 80)) as requests:
+            requests.take(10)
+            counting.apply()
+            requests.take(10)
+        assert all(isinstance(each, Answered) for each in requests.outcomes)
+        for connection in established:
+            with connection:
+                assert isinstance(complete_request(connection), Answered)
+        assert counting.command().returncode == (0 if setting == "true" else 3)
+        if setting == "true":
+            before = counting.counted()[WEB]
+            counting.connect(4, 2, CLUSTER_IPS[4])
+            assert counting.counted()[WEB] == before + 2
 
 
 @BOTH_MODES
@@ -250,6 +263,30 @@ def test_text(counting: CountingNode, mode: str) -> None:
     unknown = counting.command("demo/nope")
     assert unknown.returncode == 1
     assert "no connections of Service demo/nope are counted" in unknown.stderr
+
+
+@BOTH_MODES
+def test_watch_shows_new_connections(counting: CountingNode, mode: str, tmp_path: Path) -> None:
+    counting.write()
+    counting.apply()
+    output = tmp_path / "output.yaml"
+
+    def reports() -> list[dict[str, Any]]:
+        *complete, _ = output.read_text().split("apiVersion: ")[1:] or [""]
+        return [yaml.safe_load(f"apiVersion: {each}") for each in complete]
+
+    with output.open("w") as file:
+        process = counting.lab.node.namespace.popen([KPROXY, "top", "-w", "--interval=0.05", "-o", "yaml"], file)
+    try:
+        wait_until(reports, "a first report")
+        counting.connect(4, 4, CLUSTER_IPS[4])
+        wait_until(lambda: any(each["connections"] == 4 for each in reports()), "the connections are counted")
+        new = sum(each["rate"] * each["seconds"] for each in reports())
+        assert round(new) == 4
+        process.send_signal(signal.SIGINT)
+        assert process.wait(HANG_GUARD) in {0, 130}
+    finally:
+        process.kill()
 
 
 @BOTH_MODES
