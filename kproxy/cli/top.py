@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -84,6 +85,9 @@ def _show(options: argparse.Namespace) -> int:
     if on_screen and not query.limit:
         query = replace(query, limit=max(shutil.get_terminal_size().lines - _OTHER_LINES, 1))
     from kproxy.app.connection_counts import read_counts
+    from kproxy.iptables.variant import use_host_variant
+
+    use_host_variant(os.environ)
 
     def read() -> tuple[TopMode, Counts, float]:
         try:

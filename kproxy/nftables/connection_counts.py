@@ -30,32 +30,39 @@ def read_connection_counts(family: Family, *, endpoints: bool) -> ConnectionCoun
     """
     reader = TableReader(family)
     try:
-        if not reader.exists():
-            return None
-        layouts = reader.sets((*_VERDICT_MAPS, *_ENDPOINT_MAPS))
-        if any(name not in layouts or not layouts[name].counters for name in (*_VERDICT_MAPS, *_ENDPOINT_MAPS)):
-            raise CountsUnavailableError(
-                f"the {family.value} table {names.TABLE} has no counters; set kproxy.connectionCounters: true in the "
-                "configuration of kproxy"
-            )
-        return retry_interrupted(lambda: _read(reader, endpoints=endpoints))
+        return retry_interrupted(lambda: _read_table(reader, family, endpoints=endpoints))
     except DumpInterruptedError:
         raise CountsUnavailableError("tables keep changing while their counters are read; try again") from None
     except OSError as error:
         raise CountsUnavailableError(f"cannot read the {family.value} table: {error.strerror or error}") from None
 
 
-def _read(reader: TableReader, *, endpoints: bool) -> ConnectionCounts:
+def _read_table(reader: TableReader, family: Family, *, endpoints: bool) -> ConnectionCounts | None:
+    if not reader.exists():
+        return None
+    layouts = reader.sets((*_VERDICT_MAPS, *_ENDPOINT_MAPS))
+    if any(name not in layouts or not layouts[name].counters for name in (*_VERDICT_MAPS, *_ENDPOINT_MAPS)):
+        raise CountsUnavailableError(
+            f"the {family.value} table {names.TABLE} has no counters; set kproxy.connectionCounters: true in the "
+            "configuration of kproxy"
+        )
+    return _read_counters(reader, endpoints=endpoints)
+
+
+def _read_counters(reader: TableReader, *, endpoints: bool) -> ConnectionCounts:
+    """Read the maps. Elements that other processes added, which name no Service, are left out."""
     service_ports: dict[bytes, str] = {}
     frontends: dict[Destination, int] = {}
     for name in _VERDICT_MAPS:
         for element, packets in reader.counted_elements(_DEFINITIONS[name]):
+            if not element.comment:
+                continue
             service_ports[element.key] = element.comment
             frontends[Destination(element.comment, frontend_text(element.key))] = packets or 0
     found: Counter[Destination] = Counter()
     for name in _ENDPOINT_MAPS if endpoints else ():
         for element, packets in reader.counted_elements(_DEFINITIONS[name]):
-            if isinstance(element.value, bytes):
-                service_port = service_ports.get(frontend_of_endpoint(element.key), "")
+            service_port = service_ports.get(frontend_of_endpoint(element.key))
+            if service_port and isinstance(element.value, bytes):
                 found[Destination(service_port, endpoint_text(element.value))] += packets or 0
     return ConnectionCounts(frontends, dict(found))

@@ -173,7 +173,7 @@ def service_key(address: str, protocol: Protocol, port: int) -> bytes:
 def frontend_text(key: bytes) -> str:
     """Return the text of a frontend's key: `IP:port/PROTOCOL`, or `NodePort number/PROTOCOL`."""
     number, port = _PROTOCOL_AND_PORT.unpack(key[-_PROTOCOL_AND_PORT.size :])
-    protocol = next(name for name, known in PROTOCOLS.items() if known == number)
+    protocol = next((name for name, known in PROTOCOLS.items() if known == number), f"protocol {number}")
     address = key[: -_PROTOCOL_AND_PORT.size]
     text = socket_text(unpack_address(address), port) if address else f"NodePort {port}"
     return f"{text}/{protocol}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from collections import Counter
@@ -19,12 +20,15 @@ from kproxy.diagnose.report import schema
 from kproxy.diagnose.top import Top
 from tests.lab.client import Answered, complete_request, open_connection, send_request
 from tests.lab.continuous_requests import ContinuousRequests
+from tests.lab.iptables import add_counters, link_programs, missing_variant, programs_of
 from tests.lab.modes import BOTH_MODES, affinity_clients, mode_flag
+from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY, Daemon, apply
 from tests.lab.servers import Servers
 from tests.lab.topology import Lab
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.lab.web_service import CLUSTER_IPS, NODE_PORT, WebService
+from tests.recordings import GOLDEN
 
 NOBODY = 65534
 OTHER_IPS = {4: "10.96.0.81", 6: "fd00:10:96::81"}
@@ -319,3 +323,38 @@ def test_node_without_rules(counting: CountingNode, mode: str) -> None:
 def test_invalid_usage(counting: CountingNode, mode: str, arguments: list[str], message: str) -> None:
     done = counting.command(*arguments)
     assert (done.returncode, done.stderr) == (2, f"kproxy: {message}\n")
+
+
+def test_the_variant_of_iptables_that_the_host_uses_is_read(namespace: Namespace, variant: str, tmp_path: Path) -> None:
+    for each in ("nft", "legacy"):
+        if reason := missing_variant(each, namespace):
+            pytest.skip(reason)
+        (tmp_path / each).mkdir()
+        link_programs(programs_of(each), tmp_path / each)
+    add_counters(namespace)
+    for family in ("iptables", "ip6tables"):
+        rules = (GOLDEN / "dual-stack" / f"{family}-save.txt").read_text()
+        counted = re.sub(r"(?m)^(-A KUBE-SEP-.* --to-destination)", r"[7:420] \1", rules)
+        namespace.run([f"{family}-{variant}-restore", "-c"], counted)
+    done = namespace.run(["env", f"KPROXY_IPTABLES={tmp_path}", KPROXY, "top", "--endpoints", "-o", "json"])
+    services = json.loads(done.stdout)["services"]
+    assert len(services) > 1
+    counts = {each["address"]: each["connections"] for service in services for each in service["endpoints"]}
+    assert any(address.startswith("[") for address in counts)
+    # ip6tables-nft-restore 1.8.9 ignores the counters in its input.
+    assert {count for address, count in counts.items() if not address.startswith("[")} == {7}
+
+
+@pytest.mark.parametrize("mode", ["nftables"])
+def test_elements_of_strangers_are_left_out(counting: CountingNode, mode: str) -> None:
+    counting.write()
+    counting.apply()
+    commands = (
+        "add element ip kube-proxy service-ips { 10.9.9.9 . icmp . 80 : drop }",
+        'add element ip kube-proxy service-ips { 10.9.9.9 . icmp . 81 comment "demo/strange" : drop }',
+        "add element ip kube-proxy service-endpoints { 10.9.9.9 . tcp . 80 . 0 : 10.1.1.1 . 80 }",
+        "add element ip kube-proxy service-ips { * : drop }",
+    )
+    for each in commands:
+        counting.lab.node.namespace.run(["nft", each])
+    assert counting.counted() == {WEB: 0, OTHER: 0, ("demo", "strange", ""): 0}
