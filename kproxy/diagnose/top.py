@@ -66,8 +66,8 @@ class Top(Report, frozen=True, kw_only=True):
 class TopQuery(Struct, frozen=True, kw_only=True):
     """What to report: all Services, or `service` (`namespace/name`) if it is not "".
 
-    `limit` is the maximum number of service ports, or 0 for all. Without `details`, frontends and endpoints are left
-    out.
+    `limit` is the maximum number of service ports, or 0 for all. Without `details`, frontends and endpoints are
+    omitted.
     """
 
     service: str = ""

@@ -50,7 +50,7 @@ def _read_table(reader: TableReader, family: Family, *, endpoints: bool) -> Conn
 
 
 def _read_counters(reader: TableReader, *, endpoints: bool) -> ConnectionCounts:
-    """Read the maps. Elements that other processes added, which name no Service, are left out."""
+    """Read the maps. Elements that other processes added, which name no Service, are omitted."""
     service_ports: dict[bytes, str] = {}
     frontends: dict[Destination, int] = {}
     for name in _VERDICT_MAPS:

@@ -346,7 +346,7 @@ def test_the_variant_of_iptables_that_the_host_uses_is_read(namespace: Namespace
 
 
 @pytest.mark.parametrize("mode", ["nftables"])
-def test_elements_of_strangers_are_left_out(counting: CountingNode, mode: str) -> None:
+def test_elements_of_strangers_are_omitted(counting: CountingNode, mode: str) -> None:
     counting.write()
     counting.apply()
     commands = (
