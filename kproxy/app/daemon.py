@@ -27,6 +27,7 @@ from kproxy.app.backends import (
     watched_kinds,
     watches_addresses,
 )
+from kproxy.app.connection_counts import ScrapedConnections, read_counts_of
 from kproxy.app.control import DaemonControl, DaemonLog, ObjectOrigin
 from kproxy.app.family_contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
@@ -238,6 +239,9 @@ class Daemon:
         serving = self._serving(families, store, events, control, reason=lambda: watch.reason)
         serving.metrics.track_invalid_services(lambda: store.invalid_services)
         serving.metrics.track_invalid_endpoints(lambda: store.invalid_endpoints)
+        if limit := config.kproxy.service_connection_metrics:
+            read = partial(read_counts_of, config.effective_mode, tuple(families))
+            serving.metrics.track_service_connections(ScrapedConnections(limit, read))
         watch = NodeMonitor(
             name,
             required=client is not None,  # files need not contain Nodes

@@ -67,6 +67,7 @@ def make_context(
         drop_invalid=is_iptables and not config.conntrack.tcp_be_liberal,
         accounting=is_iptables and accounting,
         random_fully=random_fully,
+        connection_counters=config.kproxy.connection_counters and not is_iptables,
     )
 
 

@@ -12,7 +12,7 @@ EPILOG = """\
 examples:
   # everything, also the commands that kproxy runs
   kubectl -n kube-system exec kproxy-x7k2p -- kproxy log-level 4
-  # which verbosity is in force now?
+  # show the current verbosity
   kubectl -n kube-system exec kproxy-x7k2p -- kproxy log-level
   # back to normal
   kubectl -n kube-system exec kproxy-x7k2p -- kproxy log-level 0

@@ -22,6 +22,7 @@ COMMANDS = {
     "status": "show the state of the daemon on this node",
     "explain": "say why a Service works on this node or does not, and what to do",
     "doctor": "check whether kproxy can work on this node, and what may disturb it",
+    "top": "show the connections to Services and their endpoints",
     "bundle": "collect everything for a bug report in one archive",
     "log-level": "show or change the log verbosity of the daemon on this node",
     "completion": "print a shell completion script",

@@ -171,12 +171,18 @@ class KproxySection(Section, frozen=True, kw_only=True):
     reading it and lists the objects again, in smaller pages.
 
     If `control_socket` is true, the daemon answers `kproxy status` and other commands on a Unix socket.
+
+    If `connection_counters` is true, nftables mode counts the connections to each frontend and endpoint. iptables
+    always counts them. `service_connection_metrics` is the maximum number of series of the metric
+    `kproxy_service_connections_total`. 0 means that the metric does not exist.
     """
 
     iptables_dispatch_threshold: Count = 1000
     max_list_page_bytes: ByteLimit = 64 << 20
     max_watch_event_bytes: ByteLimit = 16 << 20
     control_socket: bool = True
+    connection_counters: bool = False
+    service_connection_metrics: Count = 0
 
 
 class Config(Section, frozen=True, kw_only=True):

@@ -85,11 +85,14 @@ NFTA_SET_DESC = 9
 NFTA_SET_ID = 10
 NFTA_SET_TIMEOUT = 11
 NFTA_SET_USERDATA = 13
+NFTA_SET_EXPR = 17
+NFTA_SET_EXPRESSIONS = 18
 
 # enum nft_set_elem_attributes
 NFTA_SET_ELEM_KEY = 1
 NFTA_SET_ELEM_DATA = 2
 NFTA_SET_ELEM_USERDATA = 6
+NFTA_SET_ELEM_EXPR = 7
 
 # enum nft_set_elem_list_attributes
 NFTA_SET_ELEM_LIST_SET = 2
@@ -109,6 +112,10 @@ NFTA_VERDICT_CHAIN = 2
 # enum nft_expr_attributes
 NFTA_EXPR_NAME = 1
 NFTA_EXPR_DATA = 2
+
+# enum nft_counter_attributes
+NFTA_COUNTER_BYTES = 1
+NFTA_COUNTER_PACKETS = 2
 
 # enum nft_immediate_attributes
 NFTA_IMMEDIATE_DREG = 1

@@ -63,6 +63,8 @@ class Context(Struct, frozen=True):
 
     `service_cidrs` are the ranges from which ClusterIPs are allocated; an empty tuple means that they are unknown.
     nftables mode drops packets to an address in these ranges if no Service has that address.
+
+    If `connection_counters` is true, the elements of nftables maps count the connections to each frontend and endpoint.
     """
 
     family: Family
@@ -79,3 +81,4 @@ class Context(Struct, frozen=True):
     random_fully: bool = True
     large_cluster: bool = False
     service_cidrs: tuple[str, ...] = ()
+    connection_counters: bool = False

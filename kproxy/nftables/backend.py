@@ -10,6 +10,8 @@ from itertools import chain as concatenated
 from itertools import islice
 from typing import Protocol, TypeVar
 
+from msgspec.structs import replace
+
 from kproxy.host.background import BackgroundCall, ThreadStartError
 from kproxy.host.nf_tables_constants import NFT_TABLE_F_DORMANT
 from kproxy.model.context import Context
@@ -17,7 +19,7 @@ from kproxy.model.drift import RepairResult, Touched
 from kproxy.model.plan import ServicePortPlan
 from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
 from kproxy.model.types import Family, ServiceKey
-from kproxy.nftables.base_table import SETS
+from kproxy.nftables.base_table import base_sets
 from kproxy.nftables.diff import Batch, IncompatibleTableError, NftablesDiff
 from kproxy.nftables.elements import set_layout
 from kproxy.nftables.held_services import HeldServices
@@ -247,7 +249,7 @@ class NftablesBackend:
         """
         if snapshot is not None:
             generation = self._awaken(snapshot, generation)
-            _check_compatible(snapshot, context.family)
+            _check_compatible(snapshot, context)
         self._generation = generation
         self._must_be_current = generation is not None
         ledger = NftablesLedger()
@@ -528,7 +530,7 @@ def _new_table(ledger: NftablesLedger, plans: Plans, context: Context) -> Transa
     return diff.last_transaction()
 
 
-def _check_compatible(snapshot: TableSnapshot, family: Family) -> None:
+def _check_compatible(snapshot: TableSnapshot, context: Context) -> None:
     """Raise `IncompatibleTableError` if the table must be replaced, because the diff cannot correct its contents.
 
     Table flags mark a table that a process owns. The type of a set cannot be changed. If an unknown verdict map refers
@@ -537,8 +539,10 @@ def _check_compatible(snapshot: TableSnapshot, family: Family) -> None:
     """
     if snapshot.flags:
         raise IncompatibleTableError(f"the table has flags ({snapshot.flags:#x})")
-    desired = {each.name: set_layout(each, family) for each in SETS}
+    desired = {each.name: set_layout(each, context.family) for each in base_sets(context)}
     for name, layout in snapshot.sets.items():
+        if name in desired and layout == replace(desired[name], counters=not desired[name].counters):
+            raise IncompatibleTableError(f"kproxy.connectionCounters has changed to {desired[name].counters}".lower())
         if desired.get(name, layout) != layout:
             raise IncompatibleTableError(f"set {name} has a different type")
         if name not in desired and layout.has_verdicts:

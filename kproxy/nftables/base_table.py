@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from msgspec.structs import replace
+
 from kproxy.model.context import Context
 from kproxy.model.types import Family
 from kproxy.nftables import names
@@ -57,11 +59,31 @@ SETS = (
     NftSet(names.NODE_PORT_ENDPOINTS, _NODE_PORT_ENDPOINT_KEY, MapValue.ENDPOINT, "endpoints of a NodePort, numbered"),
     NftSet(names.NODE_PORT_LOCAL_ENDPOINTS, _NODE_PORT_ENDPOINT_KEY, MapValue.ENDPOINT, "local endpoints, numbered"),
 )
-"""The sets and maps that every table has."""
+"""The sets and maps that every table has, without counters."""
+COUNTED_MAPS = frozenset(
+    {
+        names.SERVICE_IPS,
+        names.SERVICE_NODE_PORTS,
+        names.SERVICE_ENDPOINTS,
+        names.SERVICE_LOCAL_ENDPOINTS,
+        names.NODE_PORT_ENDPOINTS,
+        names.NODE_PORT_LOCAL_ENDPOINTS,
+    }
+)
+"""The maps whose elements count connections if `Context.connection_counters` is set.
+
+Only nat chains look up these maps, and the kernel runs nat chains only for the first packet of each connection.
+"""
+_SETS_WITH_COUNTERS = tuple(replace(each, counters=each.name in COUNTED_MAPS) for each in SETS)
 _PRE_DNAT_PRIORITY = -110
 _DNAT_PRIORITY = -100  # nft: dstnat
 _FILTER_PRIORITY = 0  # nft: filter
 _SNAT_PRIORITY = 100  # nft: srcnat
+
+
+def base_sets(context: Context) -> tuple[NftSet, ...]:
+    """Return the sets and maps that the table must have: `SETS`, with counters if the context asks for them."""
+    return _SETS_WITH_COUNTERS if context.connection_counters else SETS
 
 
 def local_traffic_match(context: Context, *, negate: bool) -> Statement | None:

@@ -10,10 +10,11 @@ from contextlib import nullcontext, suppress
 from typing import TypeAlias
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from kproxy.host import nf_tables_constants as nf
 from kproxy.host.netlink import NETLINK_NETFILTER, DumpInterruptedError, NetlinkError, NetlinkSocket
-from kproxy.host.netlink_message import MalformedMessageError, attributes, nested, nfgenmsg, nfnl_type
+from kproxy.host.netlink_message import MalformedMessageError, attribute, attributes, nested, nfgenmsg, nfnl_type
 from kproxy.model.types import Family
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.elements import (
@@ -89,7 +90,8 @@ class TableReader:
                 return None
             snapshot = TableSnapshot(self._sets(netlink), self._chains(netlink), flags=flags)
             for each in SETS:
-                if snapshot.sets.get(each.name) == set_layout(each, self._family):
+                layout = snapshot.sets.get(each.name)
+                if layout is not None and replace(layout, counters=False) == set_layout(each, self._family):
                     elements = self._elements(netlink, each, allow_interrupted=allow_interrupted)
                     snapshot.elements[each.name] = elements
             return snapshot
@@ -173,6 +175,24 @@ class TableReader:
                 return _element(data, offset + 4, offset + size, definition.value)
         return None
 
+    def counted_elements(self, definition: NftSet) -> list[tuple[SetElement, int | None]]:
+        """Return the elements of a set, each with the packets that it counted, or None if it has no counter.
+
+        Raises `DumpInterruptedError` if the dump is not consistent.
+        """
+        layout = _endpoint_layout(definition, self._family, counters=True)
+        found: list[tuple[SetElement, int | None]] = []
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            for data, offset, size in self._dump_raw(netlink, definition):
+                begin, end = offset + 4, offset + size
+                if layout and layout.matches(data, offset):
+                    found.append((layout.decode(data, offset), _BE64.unpack_from(data, end - _BE64.size)[0]))
+                else:
+                    found.append((_element(data, begin, end, definition.value), _packets(data, begin, end)))
+        if len({element.key for element, _ in found}) < len(found):
+            raise _interrupted_by_resizing()
+        return found
+
     def _object(self, netlink: NetlinkSocket, kind: int, request: bytes) -> list[tuple[bytes, dict[int, Span]]]:
         """Request one object. Return the reply and its attributes, or nothing if the object does not exist."""
         try:
@@ -227,48 +247,60 @@ class TableReader:
                 repeated |= element.key in elements
                 elements[element.key] = element
             if repeated:
-                # While the kernel resizes a set, the dump contains some elements twice, and lacks others (Linux 6.18).
-                raise DumpInterruptedError(0, "dump interrupted by the resizing of a set")
+                raise _interrupted_by_resizing()
         return elements
 
     def _dump_elements(self, netlink: NetlinkSocket, definition: NftSet) -> Iterator[SetElement]:
+        plain, counted = (_endpoint_layout(definition, self._family, counters=each) for each in (False, True))
+        for data, offset, size in self._dump_raw(netlink, definition):
+            if plain and plain.matches(data, offset):
+                yield plain.decode(data, offset)
+            elif counted and counted.matches(data, offset):
+                yield counted.decode(data, offset)
+            else:
+                yield _element(data, offset + 4, offset + size, definition.value)
+
+    def _dump_raw(self, netlink: NetlinkSocket, definition: NftSet) -> Iterator[tuple[bytes, int, int]]:
+        """Yield each element of a set: the buffer that contains it, the offset of its attribute, and its size."""
         request = self._header + self._table + string_attribute(nf.NFTA_SET_ELEM_LIST_SET, definition.name)
-        endpoint_layout = _endpoint_layout(definition, self._family)
         for data, begin, end in netlink.dump(_GETSETELEM, request):
             spans = attributes(data, begin + _NFGENMSG_SIZE, end)
             offset, list_end = spans[nf.NFTA_SET_ELEM_LIST_ELEMENTS]
             while offset + 4 <= list_end:
-                if endpoint_layout and endpoint_layout.matches(data, offset):
-                    element, size = endpoint_layout.decode(data, offset), endpoint_layout.size
-                else:
-                    (size,) = _LENGTH.unpack_from(data, offset)
-                    if size < 4 or offset + size > list_end:
-                        raise MalformedMessageError(f"an element of {size} bytes where {list_end - offset} are left")
-                    element = _element(data, offset + 4, offset + size, definition.value)
-                yield element
-                offset += max((size + 3) & ~3, 4)
+                (size,) = _LENGTH.unpack_from(data, offset)
+                if size < 4 or offset + size > list_end:
+                    raise MalformedMessageError(f"an element of {size} bytes where {list_end - offset} are left")
+                yield data, offset, size
+                offset += (size + 3) & ~3
+
+
+def _interrupted_by_resizing() -> DumpInterruptedError:
+    """While the kernel resizes a set, the dump contains some elements twice, and lacks others (Linux 6.18)."""
+    return DumpInterruptedError(0, "dump interrupted by the resizing of a set")
 
 
 class _EndpointElementLayout(Struct, frozen=True, gc=False):
-    """The encoding of a map element that has a key, an endpoint as its value, and no further attributes.
+    """The encoding of a map element that has a key, an endpoint as its value, and no other attributes but a counter.
 
-    Most elements have this encoding. They can be decoded without parsing their attributes, because only the key and the
-    value differ: `before_key` and `before_value` are the constant bytes before the key and between key and value.
-    `key_size` and `value_size` are in bytes.
+    Most elements have this encoding. They can be decoded without parsing their attributes, because only the key, the
+    value and the counter differ: `before_key`, `before_value` and `after_value` are the constant bytes before the key,
+    between key and value, and between value and counter. `key_size` and `value_size` are in bytes.
     """
 
     before_key: bytes
     before_value: bytes
+    after_value: bytes
     key_size: int
     value_size: int
 
-    @property
-    def size(self) -> int:
-        return len(self.before_key) + self.key_size + len(self.before_value) + self.value_size
-
     def matches(self, data: bytes, offset: int) -> bool:
-        key_end = offset + len(self.before_key) + self.key_size
-        return data.startswith(self.before_key, offset) and data.startswith(self.before_value, key_end)
+        before_value = offset + len(self.before_key) + self.key_size
+        after_value = before_value + len(self.before_value) + self.value_size
+        return (
+            data.startswith(self.before_key, offset)
+            and data.startswith(self.before_value, before_value)
+            and data.startswith(self.after_value, after_value)
+        )
 
     def decode(self, data: bytes, offset: int) -> SetElement:
         key = offset + len(self.before_key)
@@ -276,18 +308,31 @@ class _EndpointElementLayout(Struct, frozen=True, gc=False):
         return SetElement(data[key : key + self.key_size], data[value : value + self.value_size])
 
 
-def _endpoint_layout(definition: NftSet, family: Family) -> _EndpointElementLayout | None:
+def _endpoint_layout(definition: NftSet, family: Family, *, counters: bool) -> _EndpointElementLayout | None:
     if definition.value is not MapValue.ENDPOINT:
         return None
     key_size, value_size = set_layout(definition, family).key_size, endpoint_size(family)
+    after_value, counter_size = _counter_frame() if counters else (b"", 0)
     before_key = struct.pack(
         "=6H",
-        *(key_size + value_size + 20, nf.NFTA_LIST_ELEM),
+        *(key_size + value_size + 20 + counter_size, nf.NFTA_LIST_ELEM),
         *(key_size + 8, nf.NFTA_SET_ELEM_KEY),
         *(key_size + 4, nf.NFTA_DATA_VALUE),
     )
     before_value = struct.pack("=4H", *(value_size + 8, nf.NFTA_SET_ELEM_DATA), *(value_size + 4, nf.NFTA_DATA_VALUE))
-    return _EndpointElementLayout(before_key, before_value, key_size, value_size)
+    return _EndpointElementLayout(before_key, before_value, after_value, key_size, value_size)
+
+
+def _counter_frame() -> tuple[bytes, int]:
+    """Return the constant first bytes of an element's counter, as the kernel dumps it, and the size of the counter.
+
+    The last 8 bytes are the number of packets.
+    """
+    name = attribute(nf.NFTA_EXPR_NAME, b"counter\0")
+    number = 4 + _BE64.size
+    data = struct.pack("=4H", 4 + 2 * number, nf.NFTA_EXPR_DATA, number, nf.NFTA_COUNTER_BYTES)
+    size = 4 + len(name) + 4 + 2 * number
+    return struct.pack("=2H", size, nf.NFTA_SET_ELEM_EXPR) + name + data, size
 
 
 def _set_layout(data: bytes, spans: dict[int, Span]) -> SetLayout:
@@ -304,7 +349,8 @@ def _set_layout(data: bytes, spans: dict[int, Span]) -> SetLayout:
     flags, key_type, key_size, data_type, data_size = numbers
     timeout = _BE64.unpack_from(data, spans[nf.NFTA_SET_TIMEOUT][0])[0] if nf.NFTA_SET_TIMEOUT in spans else 0
     size = _set_size(data, spans[nf.NFTA_SET_DESC]) if nf.NFTA_SET_DESC in spans else 0
-    return SetLayout(flags, key_type, key_size, data_type, data_size, timeout, size)
+    counters = nf.NFTA_SET_EXPR in spans or nf.NFTA_SET_EXPRESSIONS in spans
+    return SetLayout(flags, key_type, key_size, data_type, data_size, timeout, size, counters)
 
 
 def _set_size(data: bytes, description: Span) -> int:
@@ -340,6 +386,19 @@ def _element(data: bytes, begin: int, end: int, map_value: MapValue) -> SetEleme
     elif map_value is MapValue.VERDICT:
         value = _verdict(data, spans[nf.NFTA_SET_ELEM_DATA])
     return SetElement(key, value, comment)
+
+
+def _packets(data: bytes, begin: int, end: int) -> int | None:
+    """Return the number of packets that an element counted, or None if it has no counter."""
+    spans = attributes(data, begin, end)
+    if nf.NFTA_SET_ELEM_EXPR not in spans:
+        return None
+    spans = attributes(data, *spans[nf.NFTA_SET_ELEM_EXPR])
+    if nf.NFTA_EXPR_DATA not in spans or _string(data, spans[nf.NFTA_EXPR_NAME]) != "counter":
+        return None
+    spans = attributes(data, *spans[nf.NFTA_EXPR_DATA])
+    packets: int = _BE64.unpack_from(data, spans[nf.NFTA_COUNTER_PACKETS][0])[0]
+    return packets
 
 
 def _value(data: bytes, span: Span) -> bytes:

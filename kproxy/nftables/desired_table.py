@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kproxy.model.types import Family
 from kproxy.nftables import names
-from kproxy.nftables.base_table import SETS
+from kproxy.nftables.base_table import SETS, base_sets
 from kproxy.nftables.comments import comment_of
 from kproxy.nftables.elements import EndpointElements, SetElement, endpoint_elements, endpoint_key, endpoint_size
 from kproxy.nftables.ledger import NftablesLedger
@@ -30,6 +30,9 @@ class DesiredTable:
         self.family = family
         self._ledger = ledger
         self._endpoint_size = endpoint_size(family)
+        self._base_sets = BASE_SETS
+        if ledger.context is not None and ledger.context.connection_counters:
+            self._base_sets = {each.name: each for each in base_sets(ledger.context)}
         self._service_chains: dict[str, NftChain] | None = None
         self._service_sets: dict[str, NftSet] | None = None
 
@@ -41,7 +44,7 @@ class DesiredTable:
 
     def set(self, name: str) -> NftSet | None:
         """Return a set or map, or None if the table must not contain it."""
-        return BASE_SETS.get(name) or self._sets_of_services().get(name)
+        return self._base_sets.get(name) or self._sets_of_services().get(name)
 
     def chain_names(self) -> Iterator[str]:
         """Yield the names of all chains."""

@@ -10,7 +10,7 @@ from msgspec import Struct
 from kproxy.model.context import Context
 from kproxy.model.types import ServiceKey
 from kproxy.nftables import names
-from kproxy.nftables.base_table import SETS, base_chains
+from kproxy.nftables.base_table import SETS, base_chains, base_sets
 from kproxy.nftables.comments import comment_of
 from kproxy.nftables.elements import (
     SetElement,
@@ -278,9 +278,9 @@ class NftablesDiff:
         context, ledger = self._context, self._ledger
         if self._create:
             transaction.create_table = transaction.replace_table = True
-            transaction.added_sets += SETS
+            transaction.added_sets += base_sets(context)
         elif self._snapshot is not None:
-            transaction.added_sets += [each for each in SETS if each.name not in self._snapshot.sets]
+            transaction.added_sets += [each for each in base_sets(context) if each.name not in self._snapshot.sets]
         for chain in base_chains(context):
             self._change_chain(transaction, ledger.chains.get(chain.name), chain)
             ledger.chains[chain.name] = chain

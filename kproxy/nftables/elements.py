@@ -47,7 +47,7 @@ class SetLayout(Struct, frozen=True):
     """The properties of a set that cannot be changed after its creation. A set with other properties must be replaced.
 
     `key_size` and `data_size` are in bytes, `timeout` is in milliseconds, and `size` is the maximum number of elements
-    (0: no limit).
+    (0: no limit). With `counters`, each element has a packet counter.
     """
 
     flags: int
@@ -57,6 +57,7 @@ class SetLayout(Struct, frozen=True):
     data_size: int = 0
     timeout: int = 0
     size: int = 0
+    counters: bool = False
 
     @property
     def has_verdicts(self) -> bool:
@@ -76,7 +77,8 @@ def set_layout(definition: NftSet, family: Family) -> SetLayout:
         data_type, data_size = _concatenated_type((KeyField.DESTINATION, KeyField.PORT), family)
     key_type, key_size = _concatenated_type(definition.key, family)
     size = _AFFINITY_SET_SIZE if definition.timeout else 0
-    return SetLayout(flags, key_type, key_size, data_type, data_size, definition.timeout * 1000, size)
+    timeout = definition.timeout * 1000
+    return SetLayout(flags, key_type, key_size, data_type, data_size, timeout, size, definition.counters)
 
 
 def _concatenated_type(fields: Iterable[KeyField], family: Family) -> tuple[int, int]:
@@ -171,7 +173,7 @@ def service_key(address: str, protocol: Protocol, port: int) -> bytes:
 def frontend_text(key: bytes) -> str:
     """Return the text of a frontend's key: `IP:port/PROTOCOL`, or `NodePort number/PROTOCOL`."""
     number, port = _PROTOCOL_AND_PORT.unpack(key[-_PROTOCOL_AND_PORT.size :])
-    protocol = next(name for name, known in PROTOCOLS.items() if known == number)
+    protocol = next((name for name, known in PROTOCOLS.items() if known == number), f"protocol {number}")
     address = key[: -_PROTOCOL_AND_PORT.size]
     text = socket_text(unpack_address(address), port) if address else f"NodePort {port}"
     return f"{text}/{protocol}"
@@ -215,3 +217,14 @@ def pack_endpoints(endpoints: Sequence[str]) -> bytes:
 @lru_cache(1 << 10)
 def _packed_port(port: str) -> bytes:
     return _PORT.pack(int(port))
+
+
+def frontend_of_endpoint(key: bytes) -> bytes:
+    """Return the key of the frontend to which an element of an endpoint map belongs."""
+    return key[: -_INDEX.size]
+
+
+def endpoint_text(value: bytes) -> str:
+    """Return the text of a packed endpoint: `IP:port`."""
+    (port,) = _PORT.unpack(value[-_PORT.size :])
+    return socket_text(unpack_address(value[: -_PORT.size]), port)

@@ -63,6 +63,10 @@ _IPHDR_SADDR, _IPHDR_DADDR = 11, 12
 _IP6HDR_SADDR, _IP6HDR_DADDR = 8, 9
 
 
+_COUNTER = string_attribute(nf.NFTA_EXPR_NAME, "counter") + nested(nf.NFTA_EXPR_DATA)
+"""The expression `counter`. If a set has it, the kernel adds a counter to each new element of the set (Linux 5.11)."""
+
+
 class NftMessage(Struct, frozen=True, gc=False):
     """One netlink message. `subject` describes the object that the message adds or deletes.
 
@@ -157,6 +161,8 @@ class TransactionEncoder:
             attributes.append(u32_attribute(nf.NFTA_SET_DATA_LEN, layout.data_size))
         if layout.timeout:
             attributes.append(attribute(nf.NFTA_SET_TIMEOUT, struct.pack(">Q", layout.timeout)))
+        if layout.counters:
+            attributes.append(nested(nf.NFTA_SET_EXPR, _COUNTER))
         attributes.append(attribute(nf.NFTA_SET_USERDATA, _set_userdata(definition, self._family)))
         return self._message(nf.NFT_MSG_NEWSET, NLM_F_CREATE, "set", definition.name, *attributes)
 

@@ -62,7 +62,8 @@ class NftWriter:
     def element(self, owner: NftSet, element: SetElement) -> str:
         """Return an element of a set or map as nft prints it."""
         comment = f' comment "{element.comment}"' if element.comment else ""
-        text = self._key(owner, element.key) + comment
+        counter = " counter packets 0 bytes 0" if owner.counters else ""
+        text = self._key(owner, element.key) + counter + comment
         if element.value is None:
             return text
         if isinstance(element.value, bytes):
@@ -97,6 +98,8 @@ class NftWriter:
             yield "size 65535"
             yield "flags dynamic,timeout"
             yield f"timeout {format_duration(definition.timeout)}"
+        if definition.counters:
+            yield "counter"
         if definition.comment:
             yield f'comment "{definition.comment}"'
 

@@ -35,7 +35,8 @@ class NftSet(Struct, frozen=True):
     """A set or map.
 
     `timeout` is in seconds; 0 means no timeout. If there is a timeout, rules add elements to the set (`flags
-    dynamic,timeout`), and each element expires after that time.
+    dynamic,timeout`), and each element expires after that time. With `counters`, each element counts the packets that
+    looked it up.
     """
 
     name: str
@@ -43,6 +44,7 @@ class NftSet(Struct, frozen=True):
     value: MapValue = MapValue.NONE
     comment: str = ""
     timeout: int = 0
+    counters: bool = False
 
 
 class MatchSaddr(Struct, frozen=True, tag=True):

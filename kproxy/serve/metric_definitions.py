@@ -24,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kproxy import __version__
+from kproxy.model.connection_counts import ServicePortName
 from kproxy.model.drift import PART_KINDS
 from kproxy.model.types import Family
 
@@ -109,6 +110,26 @@ class ApiContactCollector(Collector):
         yield family
 
 
+class ServiceConnectionsCollector(Collector):
+    """Connections to each service port. `read` returns them at each scrape. It is None if they are not exposed."""
+
+    def __init__(self) -> None:
+        self.read: Callable[[], Mapping[ServicePortName, int]] | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the current numbers."""
+        if self.read is None:
+            return
+        family = CounterMetricFamily(
+            "kproxy_service_connections_total",
+            "Number of connections to a port of a Service on this node. Without labels: to all other ports.",
+            labels=ServicePortName._fields,
+        )
+        for name, connections in self.read().items():
+            family.add_metric(name, connections)
+        yield family
+
+
 SYNC_BUCKETS = tuple(0.001 * 2**power for power in range(15))
 """Histogram buckets in seconds for the duration of syncs and conntrack cleanups, as in kube-proxy."""
 PROGRAMMING_BUCKETS = (0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30))
@@ -157,6 +178,8 @@ class MetricDefinitions:
         self.node_missing = self._gauge("kproxy_node_missing", "Whether this machine's Node is missing (1) or not (0).")
         self.api_contacts = ApiContactCollector()
         registry.register(self.api_contacts)
+        self.service_connections = ServiceConnectionsCollector()
+        registry.register(self.service_connections)
         ProcessCollector(registry=registry)
         registry.register(ProcessLimitsCollector())
 

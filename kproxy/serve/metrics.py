@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import generate_latest
 
+from kproxy.model.connection_counts import ServicePortName
 from kproxy.model.delta import Kind
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.store import StoreChange
@@ -125,6 +126,10 @@ class Metrics:
             return {kind: now - age for kind, age in ages().items()}
 
         self._metrics.api_contacts.times = times
+
+    def track_service_connections(self, read: Callable[[], Mapping[ServicePortName, int]]) -> None:
+        """Call `read` at each scrape to get the connections to each service port."""
+        self._metrics.service_connections.read = read
 
     def on_reflector_error(self, kind: str, reason: str) -> None:
         """Count a failure to receive objects of a kind from the API server."""

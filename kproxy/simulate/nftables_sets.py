@@ -166,7 +166,11 @@ def _parse_map_kind(tokens: TokenReader, family: Family) -> SetKind:
 
 
 def _skip_element_options(tokens: TokenReader) -> None:
-    """Skip the timeouts and the comment of an element. nft lists only elements that have not expired."""
+    """Skip the counter, the timeouts and the comment of an element. nft lists only elements that have not expired."""
+    if tokens.accept("counter"):
+        for token in ("packets", "bytes"):
+            tokens.expect(token)
+            tokens.number()
     for token in ("timeout", "expires"):
         if tokens.accept(token):
             tokens.next()
@@ -179,6 +183,8 @@ def _skip_set_property(name: str, tokens: TokenReader) -> None:
     match name:
         case "comment":
             tokens.quoted()
+        case "counter":
+            pass
         case "size":
             tokens.number()
         case "timeout":

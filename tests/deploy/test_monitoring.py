@@ -44,6 +44,7 @@ def served() -> set[str]:
     names = set()
     for mode in ("iptables", "nftables"):
         metrics = Metrics(mode, tuple(Family), counters(), wall=lambda: 0.0)
+        metrics.track_service_connections(dict)
         page = metrics.page(HttpRequest("GET", "/metrics", {}, persistent=False)).body.decode()
         for family in text_string_to_metric_families(page):
             names |= {f"{family.name}_total"} if family.type == "counter" else {family.name}

@@ -20,7 +20,7 @@ from kproxy.model.types import Family, ServiceCIDR
 from kproxy.nftables import names
 from kproxy.nftables import ruleset as nft
 from kproxy.nftables.backend import NftablesBackend, NftablesPrinter
-from kproxy.nftables.base_table import NODE_PORT_KEY, SERVICE_KEY, SETS, base_chains
+from kproxy.nftables.base_table import COUNTED_MAPS, NODE_PORT_KEY, SERVICE_KEY, SETS, base_chains
 from kproxy.nftables.elements import (
     DROP,
     PROTOCOLS,
@@ -37,6 +37,7 @@ from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.nft_syntax import NftWriter
 from kproxy.nftables.ruleset import KeyField, rule
 from kproxy.nftables.transaction import Transaction
+from kproxy.simulate.nftables import NftablesSimulator
 from kproxy.sync.family_sync import Backend
 from tests.inprocess import SingleFamilyProxy
 from tests.lab.namespace import Namespace
@@ -134,13 +135,18 @@ def _elements(family: Family, table_filter: bytes, name: bytes) -> Iterator[Attr
 
 
 def recorded_proxy(
-    scenario: str, family: Family, backend: Backend, namespace: Namespace | None = None
+    scenario: str,
+    family: Family,
+    backend: Backend,
+    namespace: Namespace | None = None,
+    *,
+    counters: bool = False,
 ) -> SingleFamilyProxy:
-    """Return a proxy with the objects and the configuration of a recorded cluster."""
+    """Return a proxy with the objects and the configuration of a recorded cluster, with connection counters if set."""
     store = Store("node-1", (*BASIC_KINDS, ServiceCIDR))
     for delta in (*replaces(scenario), Replace(ServiceCIDR, (ServiceCIDR("kubernetes", CIDRS),))):
         store.apply(delta)
-    context = nftables_context(scenario, family, store)
+    context = replace(nftables_context(scenario, family, store), connection_counters=counters)
     return SingleFamilyProxy(backend, context, store=store, namespace=namespace)
 
 
@@ -152,17 +158,19 @@ def nftables_context(scenario: str, family: Family, store: Store) -> Context:
     return replace(context, node_port_addresses=(OWN[family],))
 
 
-def program(namespace: Namespace, scenario: str, family: Family, commit: Commit) -> NftablesBackend:
+def program(
+    namespace: Namespace, scenario: str, family: Family, commit: Commit, *, counters: bool = False
+) -> NftablesBackend:
     """Program a recorded cluster in a namespace and return the backend."""
     backend = NftablesBackend(NftTable(family, commit))
-    recorded_proxy(scenario, family, backend, namespace).sync()
+    recorded_proxy(scenario, family, backend, namespace, counters=counters).sync()
     return backend
 
 
-def rendered(scenario: str, family: Family) -> str:
+def rendered(scenario: str, family: Family, *, counters: bool = False) -> str:
     """Render the table of a recorded cluster as text."""
     texts: list[str] = []
-    recorded_proxy(scenario, family, NftablesPrinter(family, texts.append)).sync()
+    recorded_proxy(scenario, family, NftablesPrinter(family, texts.append), counters=counters).sync()
     return "".join(texts)
 
 
@@ -182,6 +190,25 @@ def test_recorded_clusters_are_identical_over_netlink_nft_and_text(
     assert dump_table(by_text, family) == found
     listed = by_netlink.run(["nft", "list", "table", table_family(family), TABLE]).stdout
     assert normalized(listed) == normalized(text)
+
+
+@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize("scenario", ["dual-stack", "session-affinity"])
+def test_tables_with_counters_are_identical_over_netlink_nft_and_text(
+    namespaces: Callable[[], Namespace], scenario: str, family: Family
+) -> None:
+    by_netlink, by_nft, by_text = namespaces(), namespaces(), namespaces()
+    program(by_netlink, scenario, family, NetlinkCommit(family), counters=True)
+    program(by_nft, scenario, family, NftCommit(family), counters=True)
+    text = rendered(scenario, family, counters=True)
+    assert text.count("\t\tcounter\n") == len(COUNTED_MAPS)
+    by_text.run(["nft", "-f", "-"], text)
+    found = dump_table(by_netlink, family)
+    assert dump_table(by_nft, family) == found
+    assert dump_table(by_text, family) == found
+    listed = by_netlink.run(["nft", "list", "table", table_family(family), TABLE]).stdout
+    assert normalized(listed) == normalized(text)
+    NftablesSimulator(listed, family)  # it can parse counters
 
 
 def normalized(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from kproxy.model.drift import Part, RepairResult, Touched
 from kproxy.model.types import Family
 from kproxy.nftables.backend import NftablesBackend
+from kproxy.nftables.base_table import COUNTED_MAPS
 from kproxy.nftables.decode import TableReader
 from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable
 from kproxy.nftables.names import TABLE, table_family
@@ -30,6 +32,8 @@ SCENARIO = "dual-stack"
 OWN_ADDRESSES = {Family.IPV4: "10.244.", Family.IPV6: "fd00:10:244:"}
 FOREIGN_ADDRESSES = {Family.IPV4: "10.245.", Family.IPV6: "fd00:10:245:"}
 LONG_PERIOD = ("--iptables-sync-period=1h", "--iptables-min-sync-period=10ms")
+_COUNTED = re.compile(r"(?<=[{,])\s*([^{},]* counter packets 0 bytes 0[^{},]*?) ?(?=[,}])")
+"""An element of a map that has not counted anything, as nft lists it."""
 EVERYTHING = {TABLE: Touched(everything=True)}
 
 
@@ -48,11 +52,19 @@ class Damageable:
 class Repaired(Damageable):
     """A recorded cluster in a table that is damaged and repaired by hand."""
 
-    def __init__(self, node: Namespace, family: Family, commit: Commit | None = None, scenario: str = SCENARIO) -> None:
+    def __init__(
+        self,
+        node: Namespace,
+        family: Family,
+        commit: Commit | None = None,
+        scenario: str = SCENARIO,
+        *,
+        counters: bool = False,
+    ) -> None:
         super().__init__(node, family)
         self.kernel = RecordingTable(family) if commit is None else NftTable(family, commit)
         self.backend = NftablesBackend(self.kernel)
-        self.proxy: SingleFamilyProxy = recorded_proxy(scenario, family, self.backend, node).sync()
+        self.proxy: SingleFamilyProxy = recorded_proxy(scenario, family, self.backend, node, counters=counters).sync()
         self.before = dump_table(node, family)
 
     def repair(self, touched: Touched | None = None) -> RepairResult:
@@ -82,6 +94,54 @@ def test_own_rules_are_never_taken_for_changed(
     found = Repaired(namespaces(), family, commit(family), scenario)
     assert found.repair() == RepairResult()
     assert found.compare() == []
+
+
+@pytest.mark.parametrize("family", Family)
+def test_counters_are_never_taken_for_changes(namespaces: Callable[[], Namespace], family: Family) -> None:
+    found = Repaired(namespaces(), family, counters=True)
+    assert found.backend.needs_full_sync is False
+    for name in COUNTED_MAPS:
+        for element in _COUNTED.findall(map_text(found, name)):
+            key = element.partition(" counter ")[0]
+            counting = element.replace("packets 0 bytes 0", "packets 7 bytes 420")
+            found.nft(f"delete element TABLE {name} {{ {key} }}; add element TABLE {name} {{ {counting} }}")
+
+    def assert_counts_are_kept() -> None:
+        for name in ("service-ips", "service-endpoints"):
+            assert "packets 7 bytes 420" in map_text(found, name)
+            assert "packets 0 " not in map_text(found, name)
+
+    assert_counts_are_kept()
+    assert found.repair() == RepairResult()
+    assert found.compare() == []
+    found.proxy.forget()
+    found.proxy.sync()
+    assert_counts_are_kept()
+
+
+@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize("damage", ["service-endpoints flushed", "elements of service-ips deleted"])
+def test_damages_of_maps_with_counters_are_restored(
+    namespaces: Callable[[], Namespace], damage: str, family: Family
+) -> None:
+    found = Repaired(namespaces(), family, counters=True)
+    DAMAGES[damage](found)
+    assert found.compare() != []
+    assert found.is_restored()
+
+
+@pytest.mark.parametrize("family", Family)
+def test_map_that_lost_its_counters_needs_a_full_sync(namespaces: Callable[[], Namespace], family: Family) -> None:
+    found = Repaired(namespaces(), family, counters=True)
+    Repaired(found.node, family)  # another process with the other setting
+    assert not found.is_restored()
+    assert found.repair().needs_full_sync
+    found.proxy.sync()
+    assert found.is_restored()
+
+
+def map_text(found: Damageable, name: str) -> str:
+    return found.nft(f"list map TABLE {name}")
 
 
 def list_handles(found: Damageable, chain: str) -> list[str]:

@@ -586,6 +586,8 @@ def test_kproxy_section_is_written_only_if_it_differs_from_the_default() -> None
         "maxListPageBytes": 64 << 20,
         "maxWatchEventBytes": 16 << 20,
         "controlSocket": True,
+        "connectionCounters": False,
+        "serviceConnectionMetrics": 0,
     }
 
 

@@ -187,9 +187,9 @@ def metrics() -> frozenset[str]:
     names: set[str] = set()
     for mode in ("iptables", "nftables"):
         counters = {INVALID_DROPPED: lambda: 1, LOCALHOST_ACCEPTED: lambda: 1}
-        page = Metrics(mode, tuple(Family), counters, wall=lambda: 0.0).page(
-            HttpRequest("GET", "/metrics", {}, persistent=False)
-        )
+        served = Metrics(mode, tuple(Family), counters, wall=lambda: 0.0)
+        served.track_service_connections(dict)
+        page = served.page(HttpRequest("GET", "/metrics", {}, persistent=False))
         for family in text_string_to_metric_families(page.body.decode()):
             endings = {"counter": ("_total",), "histogram": ("", "_bucket", "_sum", "_count")}
             names |= {family.name + ending for ending in endings.get(family.type, ("",))}

@@ -33,6 +33,7 @@ PURE = (
     "model.*",
     *(f"iptables.{name}" for name in ("names", "render", "base_rules", "save_restore", "ledger", "diff", "dispatch")),
     *(f"iptables.{name}" for name in ("frontend_conflicts", "patch", "cleanup", "foreign_rules", "repair")),
+    "iptables.rule_counters",
     *(
         f"nftables.{name}"
         for name in ("names", "comments", "ruleset", "elements", "base_table", "shared_chains", "render")
@@ -71,6 +72,7 @@ PURE = (
     *(f"diagnose.{name}" for name in ("explain", "explain_facts", "explain_notes", "explain_report", "client_view")),
     *(f"diagnose.{name}" for name in ("cluster_objects", "endpoint_use", "pods", "port_case", "port_reasons")),
     *(f"diagnose.{name}" for name in ("rejection_cause", "rules_problem", "service_problem")),
+    "diagnose.top",
     *(
         "config.types",
         "config.conntrack_sysctls",

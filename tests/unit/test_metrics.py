@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kproxy.model.connection_counts import OTHERS, ServicePortName
 from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan, TrafficDecision, plan_service
 from kproxy.model.store import StoreChange
@@ -133,6 +134,7 @@ def full_page(mode: str) -> Page:
     proxy.metrics.on_request("GET", "10.99.0.1:6443", "200", 0.1)
     proxy.metrics.on_reflector_error("Service", "status")
     proxy.metrics.track_api(lambda: {"Service": 1.0})
+    proxy.metrics.track_service_connections(lambda: {ServicePortName("shop", "web", "http"): 1})
     return proxy.page
 
 
@@ -404,6 +406,14 @@ def test_node_missing_gauge(proxy: FakeProxy) -> None:
     assert proxy.value("kproxy_node_missing") == 1
     proxy.metrics.set_node_missing(False)
     assert proxy.value("kproxy_node_missing") == 0
+
+
+def test_connections_of_services_are_exposed_only_if_they_are_read(proxy: FakeProxy) -> None:
+    labels = {"namespace": "shop", "service": "web", "port": "http"}
+    assert "kproxy_service_connections" not in proxy.metrics.page(REQUEST).body.decode()
+    proxy.metrics.track_service_connections(lambda: {ServicePortName("shop", "web", "http"): 7, OTHERS: 9})
+    assert proxy.value("kproxy_service_connections_total", **labels) == 7
+    assert proxy.value("kproxy_service_connections_total", **dict.fromkeys(labels, "")) == 9
 
 
 def test_contact_with_the_api_server_and_its_failures(proxy: FakeProxy) -> None:

@@ -67,8 +67,9 @@ set two {
 
 map verdicts {
     type ipv4_addr . inet_proto . inet_service : verdict
-    elements = { 10.96.0.1 . tcp . 80 comment "web" : goto other, 10.96.0.2 . tcp . 80 : drop,
-                 10.96.0.3 . tcp . 80 : accept, 10.96.0.4 . tcp . 80 : return,
+    counter
+    elements = { 10.96.0.1 . tcp . 80 counter packets 3 bytes 180 comment "web" : goto other,
+                 10.96.0.2 . tcp . 80 : drop, 10.96.0.3 . tcp . 80 : accept, 10.96.0.4 . tcp . 80 : return,
                  10.96.0.5 . tcp . 80 : continue, 10.96.0.6 . sctp . 80 : jump other }
 }
 

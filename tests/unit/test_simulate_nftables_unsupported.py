@@ -100,8 +100,8 @@ def test_unsupported_rules(rule: str, message: str) -> None:
     [
         ("set x {\ntype ipv4_addr\nelements = { 10.0.0.1 : drop }\n}", "unexpected :, expected ,"),
         (
-            "set x {\ntype ipv4_addr\nelements = { 10.0.0.1 counter packets 1 bytes 1 }\n}",
-            "unexpected counter, expected ,",
+            "set x {\ntype ipv4_addr\nelements = { 10.0.0.1 last used never }\n}",
+            "unexpected last, expected ,",
         ),
         ("set x {\ntype ipv4_addr\nelements = { * }\n}", "invalid address *"),
         ("set x {\ntype ipv6_addr\n}", "unsupported type ipv6_addr"),
