@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kproxy.host.commands import CommandError
-from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED
+from kproxy.iptables.backend import MAX_TRANSACTION_RULES
 from kproxy.iptables.cleanup import cleanup, cleanup_ipvs
+from kproxy.iptables.diff import UNLIMITED
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName
 from kproxy.iptables.runner import IptablesRunner, IptablesVersion, RestoreError
 from kproxy.iptables.save_restore import RestoreInput, SavedChain, parse_save
