@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "keep the node's rules in sync with the cluster, or with files",
     "apply": "program the node once, from files",
     "render": "print the rules for the objects in files, without changing anything",
+    "diff": "compare the desired state with the kernel, other objects or another configuration",
     "status": "show the state of the daemon on this node",
     "log-level": "show or change the log verbosity of the daemon on this node",
     "completion": "print a shell completion script",

@@ -56,6 +56,8 @@ PURE = (
         "sync.log_summary",
     ),
     *("app.family_contexts", "app.node_port_addresses", "diagnose.report", "diagnose.status"),
+    *("iptables.desired_rules", "nftables.planned_table", "sync.planning", "diagnose.written_rules"),
+    *(f"diagnose.difference{name}" for name in ("", "_iptables", "_nftables", "_objects", "_configuration")),
     *(
         "config.types",
         "config.conntrack_sysctls",
