@@ -110,7 +110,7 @@ def _service(each: ServiceDifference, style: Style) -> Iterator[str]:
         yield f"  {style.good('+')} endpoint {endpoint}"
     yield from _more(len(each.endpoints_added))
     for lost in each.endpoints_removed[:SHOWN]:
-        count = "" if lost.connections is None else f", which has {counted(lost.connections, 'connection')} from here"
+        count = "" if lost.connections is None else f", with {counted(lost.connections, 'connection')} through this node"
         yield f"  {style.bad('-')} endpoint {lost.endpoint}/{lost.protocol}{count}"
     yield from _more(len(each.endpoints_removed))
     if each.endpoints_added or each.endpoints_removed:
