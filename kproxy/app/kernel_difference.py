@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Protocol
 
 from msgspec import Struct
 
-from kproxy.app.backends import IPV6_ADDRESSES, StartError, discover_iptables
+from kproxy.app.backends import IPV6_ADDRESSES, StartError, choose_mode, discover_iptables
+from kproxy.config import Config
 from kproxy.host.commands import CommandError
 from kproxy.host.nf_tables_constants import NFT_TABLE_F_DORMANT
 from kproxy.iptables.comparison import ScopeReader, read_scope
@@ -23,8 +25,10 @@ from kproxy.nftables.diff import IncompatibleTableError
 from kproxy.nftables.kernel import NetlinkCommit, NftTable, OwnGenerations, TableError
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.planned_table import planned_ledger
+from kproxy.nftables.probe import PROBE_TABLE, probe_transaction
 from kproxy.nftables.repair import Repair, TableParts
 from kproxy.nftables.table_check import TableCheck
+from kproxy.nftables.trial import TrialCommit
 from kproxy.sync.planning import PlannedFamily
 
 MAX_LISTED_CHAINS = 300
@@ -76,6 +80,7 @@ class SavedReader:
         return f"-A {chain.name} {rule}" in self.list_rules([chain]).get(chain, [])
 
 
+@cache
 def iptables_runners() -> dict[Family, IptablesRunner]:
     """Return the runners of the families that work on this node. Raises `StartError`."""
     try:
@@ -87,6 +92,20 @@ def iptables_runners() -> dict[Family, IptablesRunner]:
 def kernel_families() -> list[Family]:
     """Return the families that the kernel supports."""
     return list(Family) if IPV6_ADDRESSES.exists() else [Family.IPV4]
+
+
+def probed(config: Config) -> Config:
+    """Return the configuration with the mode that `choose_mode` chooses. Raises `StartError`.
+
+    As long as the kernel supports nftables mode over netlink, nothing is committed to find this out.
+    """
+    if config.mode:
+        return config
+    try:
+        TrialCommit(Family.IPV4, PROBE_TABLE)(probe_transaction(Family.IPV4))
+    except TableError:
+        return choose_mode(config)
+    return config.resolved("nftables")
 
 
 def compare_iptables(reader: ReadableRules, planned: PlannedFamily, dispatch_threshold: int) -> IptablesComparison:

@@ -103,12 +103,11 @@ def _kernel(options: argparse.Namespace, config: Config) -> int:
 
 
 def kernel_state(config: Config, objects: str) -> DesiredState:
-    """Return the desired state that `kproxy apply` would program. Raises what `from_files` and `choose_mode` raise."""
-    from kproxy.app.backends import choose_mode
+    """Return the desired state that `kproxy apply` would program. Raises what `from_files` and `probed` raise."""
     from kproxy.app.desired_state import from_files, kernel_contexts
-    from kproxy.app.kernel_difference import iptables_runners, kernel_families
+    from kproxy.app.kernel_difference import iptables_runners, kernel_families, probed
 
-    config = choose_mode(config)
+    config = probed(config)
     runners = iptables_runners() if config.effective_mode == "iptables" else {}
     contexts = kernel_contexts(config, runners)
     return from_files(
@@ -121,11 +120,14 @@ def family_differences(config: Config, state: DesiredState) -> tuple[FamilyDiffe
     from kproxy.app.kernel_difference import compare_iptables, compare_nftables, iptables_runners
     from kproxy.diagnose.difference_iptables import iptables_difference
     from kproxy.diagnose.difference_nftables import missing_table, nftables_difference, unusable_table
+    from kproxy.model.sync_report import SyncError
 
     found = []
     if state.mode == "iptables":
         runners = iptables_runners()
         for family, planned in state.families.items():
+            if family not in runners:
+                raise SyncError(f"{family.value}: iptables does not work on this node")
             threshold = config.kproxy.iptables_dispatch_threshold
             damaged = compare_iptables(runners[family], planned, threshold)
             found.append(iptables_difference(damaged.desired, damaged.damage, damaged.found))

@@ -75,7 +75,7 @@ def _difference(each: RuleDifference, style: Style) -> Iterator[str]:
         "element": f"element in {each.name}",
         "rule": f"rule in chain {each.name}" if len(each.expected + each.found) < 2 else f"rules in chain {each.name}",
     }[each.kind]
-    table_text = f" (table {each.table})" if each.table != "kube-proxy" else ""
+    table_text = f" (table {each.table})" if each.table not in {"kube-proxy", each.name} else ""
     remark = f": {each.remark}" if each.remark else ""
     yield f"  {style.warning(each.change)} {where}{table_text}{services}{more}{remark}"
     yield from (f"    {style.good('+')} {text}" for text in each.expected[:SHOWN_RULES])
@@ -110,7 +110,8 @@ def _service(each: ServiceDifference, style: Style) -> Iterator[str]:
         yield f"  {style.good('+')} endpoint {endpoint}"
     yield from _more(len(each.endpoints_added))
     for lost in each.endpoints_removed[:SHOWN]:
-        count = "" if lost.connections is None else f", with {counted(lost.connections, 'connection')} through this node"
+        known = lost.connections is not None
+        count = f", with {counted(lost.connections or 0, 'connection')} through this node" if known else ""
         yield f"  {style.bad('-')} endpoint {lost.endpoint}/{lost.protocol}{count}"
     yield from _more(len(each.endpoints_removed))
     if each.endpoints_added or each.endpoints_removed:

@@ -14,9 +14,10 @@ DifferenceChange: TypeAlias = Literal["missing", "extra", "changed"]
 class RuleDifference(ReportPart, frozen=True, kw_only=True):
     """A part of the rules that is missing in the kernel, that is there but must not be, or that is different.
 
-    `name` is the name of the chain, or of the nftables set or map. `services` are the Services to which the part
-    belongs; it is empty if it belongs to none or to all. `expected` are the rules or elements that kproxy would write,
-    and `found` those that it would delete, one on each line. `remark` says what else is different, or "".
+    `name` is the name of the chain, or of the nftables set or map. If a family has none of kproxy's rules, its only
+    difference is the table. `services` are the Services to which the part belongs; it is empty if it belongs to none,
+    or to all of them. `expected` are the rules or elements that kproxy would write, and `found` those that it would
+    delete, one on each line. `remark` says what else is different, or "".
     """
 
     change: DifferenceChange

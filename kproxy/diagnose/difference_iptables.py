@@ -11,6 +11,7 @@ from kproxy.iptables.desired_rules import DesiredRules
 from kproxy.iptables.ledger import record_chains
 from kproxy.iptables.names import ChainName
 from kproxy.iptables.repair import Damage
+from kproxy.iptables.save_restore import TABLES
 from kproxy.model.types import ServiceKey
 
 _COMMENT = re.compile(r'--comment "?([a-z0-9][a-z0-9.-]*/[a-z0-9][a-z0-9.-]*?)(?::[a-z0-9-]*)?(?=[" ])')
@@ -53,7 +54,10 @@ def iptables_difference(
     """Describe the damage of one family. `found` contains the rules of those damaged chains that exist."""
     owners = RuleOwners(desired)
     differences: list[RuleDifference] = []
-    for chain in sorted(damage.chains):
+    nothing_exists = all(chain in damage.chains and chain not in found for chain, _ in desired.ledger.shared_chains())
+    if nothing_exists:
+        differences.append(_no_rules(desired))
+    for chain in () if nothing_exists else sorted(damage.chains):
         text = desired.chains.get(chain, "")
         differences += _chain(owners, chain, text.split("\n") if text else [], found.get(chain))
     for chain in damage.stale:
@@ -68,9 +72,22 @@ def iptables_difference(
                 found=rules,
             )
         )
-    differences += _edits(damage.edits)
+    differences += () if nothing_exists else _edits(damage.edits)
     return FamilyDifference(
         family=desired.context.family.value, differences=tuple(differences), findings=tuple(damage.findings)
+    )
+
+
+def _no_rules(desired: DesiredRules) -> RuleDifference:
+    """Describe a kernel that has none of kproxy's chains."""
+    effect = ": no Service works" if desired.ledger.services else ""
+    chains, rules = len(desired.chains), desired.rules().total()
+    return RuleDifference(
+        change="missing",
+        kind="table",
+        table=", ".join(TABLES),
+        name=", ".join(TABLES),
+        remark=f"kproxy's {chains:,} chains with {rules:,} rules do not exist{effect}",
     )
 
 

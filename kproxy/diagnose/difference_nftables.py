@@ -62,9 +62,7 @@ def nftables_difference(ledger: NftablesLedger, family: Family, parts: TablePart
 
 def missing_table(ledger: NftablesLedger, family: Family) -> FamilyDifference:
     """Describe a table that does not exist."""
-    count = len(ledger.services)
-    remark = f"does not exist: none of the {count:,} Services works" if count else "does not exist"
-    return _whole_table(family, "missing", remark)
+    return _whole_table(family, "missing", f"does not exist{': no Service works' if ledger.services else ''}")
 
 
 def unusable_table(family: Family, reason: str) -> FamilyDifference:

@@ -18,6 +18,8 @@ from kproxy.config import Config
 from kproxy.diagnose.difference import DryRun, RulesDifference
 from kproxy.diagnose.difference_objects import ObjectsDifference
 from kproxy.diagnose.report import schema
+from kproxy.host.ctnetlink import count_flows
+from kproxy.host.nf_tables import current_generation
 from kproxy.model.types import Family
 from kproxy.nftables import names
 from kproxy.nftables.elements import service_key
@@ -25,7 +27,7 @@ from kproxy.nftables.trial import TrialCommit
 from tests.kernel.test_iptables_isolation import without_recent
 from tests.kernel.test_nftables_quarantine import CorruptingEncoder
 from tests.lab.iptables import link_programs, programs_of
-from tests.lab.modes import BOTH_MODES, IptablesRules, mode_flag, rules_of
+from tests.lab.modes import BOTH_MODES, IptablesRules, mode_flag
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import FLAGS, KPROXY, Daemon
 from tests.lab.topology import Lab
@@ -203,11 +205,13 @@ def test_connections_of_a_lost_endpoint_are_counted(node: Namespace, objects: Pa
 
 
 def dumps(node: Namespace) -> str:
-    """Return all rules of the node, including those that are not kproxy's, and the nfacct counters."""
-    rules = [node.run(["nft", "list", "ruleset"]).stdout]
-    rules += [node.run([f"{program}-save"]).stdout for program in ("iptables-legacy", "ip6tables-legacy")]
-    lines = [line for text in rules for line in text.splitlines() if not line.startswith("#")]
-    return "\n".join([*lines, rules_of("iptables", node).text()])
+    """Return all rules of the node, including those that are not kproxy's.
+
+    With iptables-legacy, only rules and chains count: the kernel creates the built-in chains when a table is read.
+    """
+    saved = [node.run([f"{program}-save"]).stdout for program in ("iptables-legacy", "ip6tables-legacy")]
+    lines = [line for text in saved for line in text.splitlines() if line.startswith("-A") or " - [" in line]
+    return "\n".join([*lines, node.run(["nft", "list", "ruleset"]).stdout])
 
 
 @BOTH_MODES
@@ -269,7 +273,7 @@ def test_dry_run_names_a_service_that_the_kernel_rejects_in_nftables_mode(
         def __init__(self, family: Family) -> None:
             super().__init__(family)
             self._encoder = CorruptingEncoder(family)
-            self._encoder.refuse = lambda kind, key: kind == names.SERVICE_IPS and key == refused  # type: ignore[method-assign]
+            self._encoder.refuse = lambda kind, key: kind == names.SERVICE_IPS and key == refused
 
     def trial() -> dict[str, str]:
         contexts = {Family.IPV4: assumed_contexts(config)[Family.IPV4]}
@@ -285,13 +289,45 @@ def test_dry_run_names_a_service_that_the_kernel_rejects_in_nftables_mode(
     assert "service-ips" in rejected["shop/web"]
 
 
-def test_without_a_namespace_only_the_syntax_is_checked(node: Namespace, objects: Path) -> None:
+def test_without_a_namespace_only_iptables_checks_the_rules(
+    node: Namespace, objects: Path, programs: Path, variant: str
+) -> None:
     """In a container without CAP_SYS_ADMIN."""
     bounding = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
-    done = node.run([*bounding, KPROXY, "apply", *flags(objects, "iptables"), "--dry-run", "-o", "json"], check=False)
-    found = json.loads(done.stdout)
-    assert done.returncode == 0
-    assert {each["checkedBy"] for each in found["trials"]} == {"iptables"}
+    command = [*bounding, KPROXY, "apply", *flags(objects, "iptables"), "--dry-run", "-o", "json"]
+    before = dumps(node)
+    done = node.run(command, check=False)
+    assert dumps(node) == before
+    assert (done.returncode, json.loads(done.stdout)["rejected"]) == (0, [])
+    assert {each["checkedBy"] for each in json.loads(done.stdout)["trials"]} == {"iptables"}
+    without_recent(programs, variant)
+    done = node.run(command, check=False)
+    assert done.returncode == 1
+    rejected = [each["service"] for each in json.loads(done.stdout)["rejected"]]
+    problems = [each["problem"] for each in json.loads(done.stdout)["trials"] if each["problem"]]
+    # iptables-legacy does not tell which rule is wrong.
+    assert (rejected, len(problems)) == ((["shop/db"], 0) if variant == "nft" else ([], 1))
+
+
+@pytest.mark.parametrize(("protocol", "name"), [("udp", "UDP"), ("tcp", "TCP")])
+def test_flows_of_each_family_are_counted(node: Namespace, protocol: str, name: str) -> None:
+    state = ["--state", "ESTABLISHED"] if protocol == "tcp" else []
+    for client, frontend, endpoint in (
+        ("10.99.0.9", "10.96.0.10", "10.244.2.6"),
+        ("fd00:99::9", "fd00:96::10", "fd00:244::6"),
+    ):
+        original = ["-s", client, "-d", frontend, "--sport", "4000", "--dport", "80"]
+        reply = ["-r", endpoint, "-q", client, "--reply-port-src", "8080", "--reply-port-dst", "4000"]
+        node.run(["conntrack", "-I", "-p", protocol, *original, *reply, *state, "-t", "120"])
+    assert node.call(lambda: count_flows(Family.IPV4)) == {(name, "10.96.0.10:80", "10.244.2.6:8080"): 1}
+    assert node.call(lambda: count_flows(Family.IPV6)) == {(name, "[fd00:96::10]:80", "[fd00:244::6]:8080"): 1}
+
+
+def test_the_mode_is_chosen_without_a_commit(node: Namespace, objects: Path, nft: None) -> None:
+    generation = node.call(current_generation)
+    code, found = report(node, DryRun, "apply", *flags(objects, ""), "--dry-run")
+    assert (code, found["mode"]) == (0, "nftables")
+    assert node.call(current_generation) == generation
 
 
 @BOTH_MODES

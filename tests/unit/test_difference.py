@@ -6,11 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from msgspec.structs import replace
 
+from kproxy.app.desired_state import from_daemon
 from kproxy.cli.main import main
 from kproxy.config import Config
 from kproxy.config.load import as_document
@@ -32,7 +34,9 @@ from kproxy.iptables.repair import Scope, find_damage
 from kproxy.iptables.save_restore import TABLES
 from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.plan import ServicePortPlan, TrafficDecision, plan_service
-from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Service, ServiceKey, ServicePort
+from kproxy.model.service_state import FamilyServiceState, ServiceState
+from kproxy.model.sync_report import SyncError
+from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServiceKey, ServicePort
 from kproxy.nftables import names
 from kproxy.nftables.desired_table import BASE_SETS, DesiredTable
 from kproxy.nftables.elements import SetElement, service_key, set_layout
@@ -387,7 +391,7 @@ def test_chains_and_sets_of_a_service_with_session_affinity() -> None:
 
 def test_whole_tables() -> None:
     (missing,) = missing_table(planned_ledger(ALL, IPV4), Family.IPV4).differences
-    assert missing.remark == "does not exist: none of the 3 Services works"
+    assert missing.remark == "does not exist: no Service works"
     (unusable,) = unusable_table(Family.IPV4, "set x has a different type").differences
     assert unusable.remark == "must be replaced: set x has a different type"
     assert (missing.change, unusable.change) == ("missing", "changed")
@@ -465,7 +469,7 @@ def test_diff_against_another_configuration(
 
 def test_diff_of_a_dump(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dump = tmp_path / "rules"
-    dump.write_text("*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -j ACCEPT\nCOMMIT\n")
+    dump.write_text("*nat\n:PREROUTING ACCEPT [0:0]\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -j ACCEPT\nCOMMIT\n")
     arguments = ["diff", f"--objects={files[0]}", f"--dump={dump}", *FLAGS]
     assert main([*arguments, "-o", "json"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -473,6 +477,9 @@ def test_diff_of_a_dump(files: tuple[str, str], tmp_path: Path, capsys: pytest.C
     (family,) = report["families"]
     assert {each["change"] for each in family["differences"]} == {"missing"}
     assert ["shop/web"] in [each["services"] for each in family["differences"]]
+    dump.write_text("*nat\n:PREROUTING ACCEPT [0:0]\nCOMMIT\n")
+    assert main(arguments) == 1
+    assert "kproxy's 16 chains with 31 rules do not exist: no Service works" in capsys.readouterr().out
     dump.write_text("*nat\n")
     assert main(arguments) == 2
     assert "is cut off" in capsys.readouterr().err
@@ -487,6 +494,43 @@ def test_usage_errors(files: tuple[str, str], capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as exited:
         main(["diff", "--against=x", "--against-config=y"])
     assert exited.value.code == 2
+
+
+def service_state(key: ServiceKey, **family: Any) -> ServiceState:
+    """Return what a daemon in nftables mode knows about a Service."""
+    service = next((each for each in (WEB, DB) if each.key == key), None)
+    context = replace(IPV4, service_cidrs=("10.96.0.0/12",))
+    slices = (
+        EndpointSlice("shop", "s", key, Family.IPV4, (Endpoint("10.244.2.9"),), (EndpointPort("sql", 5432, "TCP"),)),
+    )
+    families = {Family.IPV4: FamilyServiceState(context, **family)}
+    return ServiceState(
+        key,
+        "nftables",
+        NODE,
+        Node(NODE),
+        complete=True,
+        service=service,
+        invalid=False,
+        slices=slices,
+        families=families,
+    )
+
+
+def test_the_state_of_a_daemon_gives_the_same_plans() -> None:
+    states = [service_state("shop/web", pending=True), service_state("shop/db", quarantined="no such file")]
+    state = from_daemon(states, service_state("/"))
+    assert (state.mode, state.node_name, state.services) == ("nftables", NODE, 2)
+    planned = state.families[Family.IPV4]
+    assert planned.context == states[0].families[Family.IPV4].context
+    assert planned.plans["shop/db"][0].cluster_endpoints == ("10.244.2.9:5432",)
+    assert state.notes == (
+        "IPv4: a change of shop/web has not been programmed yet",
+        "IPv4: the kernel rejects the rules of shop/db: no such file",
+    )
+    nothing = service_state("/")
+    with pytest.raises(SyncError, match="has not programmed any rules yet"):
+        from_daemon([], replace(nothing, families={Family.IPV4: FamilyServiceState(None)}))
 
 
 def test_decisions_have_a_text() -> None:
