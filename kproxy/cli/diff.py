@@ -53,8 +53,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "diff",
         help=COMMANDS["diff"],
         usage="kproxy diff [--objects=PATH] [--against=PATH] [FLAGS]",
-        description="Show what differs between the desired state of this node and the kernel, or between\n"
-        "two desired states.",
+        description="Show what differs between the desired state of this node and the kernel, or\n"
+        "between two desired states.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -216,7 +216,7 @@ def _against(options: argparse.Namespace, config: Config) -> int:
     report = ObjectsDifference(
         mode=state.mode,
         node=state.node_name,
-        before=state.source,
+        before=state.source if options.objects else "the objects of the daemon",
         after=options.against,
         identical=not services and not any(each.added or each.removed for each in rules),
         services=tuple(services),

@@ -115,7 +115,7 @@ def _service(each: ServiceDifference, style: Style) -> Iterator[str]:
         yield f"  {style.bad('-')} endpoint {lost.endpoint}/{lost.protocol}{count}"
     yield from _more(len(each.endpoints_removed))
     if each.endpoints_added or each.endpoints_removed:
-        yield f"    {counted(each.endpoints, 'endpoint')} then"
+        yield f"    then {counted(each.endpoints, 'endpoint')}"
 
 
 def configuration_lines(report: ConfigurationDifference, style: Style) -> Iterator[str]:

@@ -162,5 +162,5 @@ def _local_text(local: LocalTraffic) -> str:
 def _addresses_text(context: Context) -> str:
     if context.node_port_addresses is None:
         return "all local addresses"
-    nothing = "no address" if context.node_address else "the primary address of the Node, which is unknown"
+    nothing = "no address" if context.node_address else "no address (that of the Node is unknown)"
     return ", ".join(context.node_port_addresses) or nothing
