@@ -117,30 +117,43 @@ def kernel_state(config: Config, objects: str) -> DesiredState:
 
 def family_differences(config: Config, state: DesiredState) -> tuple[FamilyDifference, ...]:
     """Compare a desired state with the kernel. Raises `SyncError` or `StartError` if it cannot be read."""
+    from msgspec.structs import replace
+
+    from kproxy.app.cleanup import remains_of_other_mode
+    from kproxy.diagnose.difference import other_mode
+    from kproxy.host.commands import CommandError
+    from kproxy.model.sync_report import SyncError
+
+    found = []
+    for family, planned in state.families.items():
+        difference = _family_difference(config, state.mode, family, planned)
+        try:
+            remains = remains_of_other_mode(family, state.mode)
+        except (CommandError, OSError) as error:
+            raise SyncError(f"{family.value}: cannot look for the rules of the other proxy mode: {error}") from None
+        if remains:
+            difference = replace(difference, differences=(*difference.differences, other_mode(remains)))
+        found.append(difference)
+    return tuple(found)
+
+
+def _family_difference(config: Config, mode: str, family: Family, planned: PlannedFamily) -> FamilyDifference:
     from kproxy.app.kernel_difference import compare_iptables, compare_nftables, iptables_runners
     from kproxy.diagnose.difference_iptables import iptables_difference
     from kproxy.diagnose.difference_nftables import missing_table, nftables_difference, unusable_table
     from kproxy.model.sync_report import SyncError
 
-    found = []
-    if state.mode == "iptables":
-        runners = iptables_runners()
-        for family, planned in state.families.items():
-            if family not in runners:
-                raise SyncError(f"{family.value}: iptables does not work on this node")
-            threshold = config.kproxy.iptables_dispatch_threshold
-            damaged = compare_iptables(runners[family], planned, threshold)
-            found.append(iptables_difference(damaged.desired, damaged.damage, damaged.found))
-        return tuple(found)
-    for family, planned in state.families.items():
-        compared = compare_nftables(planned)
-        if compared.parts is not None and compared.repair is not None:
-            found.append(nftables_difference(compared.ledger, family, compared.parts, compared.repair))
-        elif compared.reason:
-            found.append(unusable_table(family, compared.reason))
-        else:
-            found.append(missing_table(compared.ledger, family))
-    return tuple(found)
+    if mode == "iptables":
+        if (runner := iptables_runners().get(family)) is None:
+            raise SyncError(f"{family.value}: iptables does not work on this node")
+        damaged = compare_iptables(runner, planned, config.kproxy.iptables_dispatch_threshold)
+        return iptables_difference(damaged.desired, damaged.damage, damaged.found)
+    compared = compare_nftables(planned)
+    if compared.parts is not None and compared.repair is not None:
+        return nftables_difference(compared.ledger, family, compared.parts, compared.repair)
+    if compared.reason:
+        return unusable_table(family, compared.reason)
+    return missing_table(compared.ledger, family)
 
 
 def _dump(options: argparse.Namespace, config: Config) -> int:

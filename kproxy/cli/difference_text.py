@@ -69,7 +69,7 @@ def _difference(each: RuleDifference, style: Style) -> Iterator[str]:
     services = f" of {', '.join(each.services[:5])}" if each.services else ""
     more = f" and {len(each.services) - 5} more" if len(each.services) > 5 else ""
     where = {
-        "table": f"table {each.name}",
+        "table": each.name if each.change == "extra" else f"table {each.name}",
         "chain": f"chain {each.name}",
         "set": f"set {each.name}",
         "element": f"element in {each.name}",

@@ -30,6 +30,12 @@ class RuleDifference(ReportPart, frozen=True, kw_only=True):
     remark: str = ""
 
 
+def other_mode(remains: str) -> RuleDifference:
+    """Describe what a family has of the other proxy mode."""
+    remark = "belongs to the other proxy mode: kproxy deletes it after its first sync"
+    return RuleDifference(change="extra", kind="table", table=remains, name=remains, remark=remark)
+
+
 class FamilyDifference(ReportPart, frozen=True, kw_only=True):
     """The differences between the desired state and the kernel in one IP family.
 

@@ -119,6 +119,17 @@ def test_no_difference_after_apply(node: Namespace, objects: Path, mode: str, nf
     assert text.stdout.endswith(": no difference\n")
 
 
+@BOTH_MODES
+def test_rules_of_the_other_mode_are_extra(node: Namespace, objects: Path, mode: str, nft: None) -> None:
+    other = "nftables" if mode == "iptables" else "iptables"
+    assert kproxy(node, "apply", *flags(objects, other)).returncode == 0
+    assert differences(node, objects, mode) == {("missing", "table", ()), ("extra", "table", ())}
+    expected = "nftables table kube-proxy" if mode == "iptables" else "chains of iptables mode"
+    assert f"{expected}: belongs to the other proxy mode" in kproxy(node, "diff", *flags(objects, mode)).stdout
+    assert kproxy(node, "apply", *flags(objects, mode)).returncode == 0
+    assert differences(node, objects, mode) == set()
+
+
 def test_damaged_rules_of_iptables_mode_are_named_with_their_service(node: Namespace, objects: Path) -> None:
     assert kproxy(node, "apply", *flags(objects, "iptables")).returncode == 0
     saved = IptablesRules(node).text().splitlines()
