@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from typing import Protocol
 
 from msgspec import Struct
 
 from kproxy.app.backends import IPV6_ADDRESSES, StartError, choose_mode, discover_iptables
 from kproxy.config import Config
-from kproxy.host.commands import CommandError
+from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, CommandError, run
 from kproxy.host.nf_tables_constants import NFT_TABLE_F_DORMANT
 from kproxy.iptables.comparison import ScopeReader, read_scope
 from kproxy.iptables.desired_rules import DesiredRules, desired_rules
@@ -24,6 +25,7 @@ from kproxy.model.types import Family
 from kproxy.nftables.diff import IncompatibleTableError
 from kproxy.nftables.kernel import NetlinkCommit, NftTable, OwnGenerations, TableError
 from kproxy.nftables.ledger import NftablesLedger
+from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.planned_table import planned_ledger
 from kproxy.nftables.probe import PROBE_TABLE, probe_transaction
 from kproxy.nftables.repair import Repair, TableParts
@@ -33,6 +35,8 @@ from kproxy.sync.planning import PlannedFamily
 
 MAX_LISTED_CHAINS = 300
 """If more chains are damaged, all rules are read at once. Reading a chain takes about 5 ms."""
+MAX_NFT_LISTINGS = 50
+"""Maximum number of chains whose rules are listed with the program `nft`. Each takes about 10 ms."""
 
 
 class IptablesComparison(Struct, frozen=True):
@@ -57,6 +61,19 @@ class NftablesComparison(Struct, frozen=True):
 
 class ReadableRules(ScopeReader, ChainReader, Protocol):
     """The rules of a kernel (`IptablesRunner`), or of a dump."""
+
+
+def list_chains(family: Family, names: Iterable[str]) -> dict[str, str]:
+    """Return the first `MAX_NFT_LISTINGS` of these chains as `nft` lists them, or none if it is not installed."""
+    found: dict[str, str] = {}
+    for name in islice(names, MAX_NFT_LISTINGS):
+        try:
+            done = run(["nft", "list", "chain", table_family(family), TABLE, name], timeout=PROBE_TIMEOUT_SECONDS)
+        except CommandError:
+            return found
+        if not done.code:
+            found[name] = done.stdout
+    return found
 
 
 class SavedReader:

@@ -138,9 +138,14 @@ def family_differences(config: Config, state: DesiredState) -> tuple[FamilyDiffe
 
 
 def _family_difference(config: Config, mode: str, family: Family, planned: PlannedFamily) -> FamilyDifference:
-    from kproxy.app.kernel_difference import compare_iptables, compare_nftables, iptables_runners
+    from kproxy.app.kernel_difference import compare_iptables, compare_nftables, iptables_runners, list_chains
     from kproxy.diagnose.difference_iptables import iptables_difference
-    from kproxy.diagnose.difference_nftables import missing_table, nftables_difference, unusable_table
+    from kproxy.diagnose.difference_nftables import (
+        missing_table,
+        nftables_difference,
+        rules_of_listing,
+        unusable_table,
+    )
     from kproxy.model.sync_report import SyncError
 
     if mode == "iptables":
@@ -150,7 +155,9 @@ def _family_difference(config: Config, mode: str, family: Family, planned: Plann
         return iptables_difference(damaged.desired, damaged.damage, damaged.found)
     compared = compare_nftables(planned)
     if compared.parts is not None and compared.repair is not None:
-        return nftables_difference(compared.ledger, family, compared.parts, compared.repair)
+        chains = [part.name for part in sorted(compared.repair.parts) if part.kind == "chain"]
+        listed = {name: rules_of_listing(text) for name, text in list_chains(family, chains).items()}
+        return nftables_difference(compared.ledger, family, compared.parts, compared.repair, listed)
     if compared.reason:
         return unusable_table(family, compared.reason)
     return missing_table(compared.ledger, family)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from kproxy.diagnose.difference import DifferenceChange, FamilyDifference, RuleDifference
 from kproxy.model.drift import Part
@@ -15,11 +16,13 @@ from kproxy.nftables.elements import SetElement
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.nft_syntax import NftWriter
 from kproxy.nftables.repair import ChainState, Repair, TableParts
-from kproxy.nftables.rule_content import rule_content
+from kproxy.nftables.rule_content import RuleContent, rule_content
 from kproxy.nftables.ruleset import MapValue, NftChain
 
 _SERVICE_OF_NAME = re.compile(r"[a-z]+-[A-Z2-7]{8}-([a-z0-9.-]+/[a-z0-9.-]+)/")
 """The Service in the name of a per-Service chain or set, such as `service-AXK6CI2C-demo/web/tcp/http`."""
+_NO_RULE = re.compile(r'type \S+ hook |comment "')
+"""The lines of a chain's listing that are not rules: its hook, and its comment."""
 _UNKNOWN_RULE = "(a rule that is not kproxy's)"
 
 
@@ -53,9 +56,18 @@ class ElementOwners:
         return (match[1],) if (match := _SERVICE_OF_NAME.match(name)) else ()
 
 
-def nftables_difference(ledger: NftablesLedger, family: Family, parts: TableParts, repair: Repair) -> FamilyDifference:
-    """Describe the parts of a table that the repair would change. `parts` is the whole table as it is in the kernel."""
-    describe = _Description(ledger, family, parts)
+def nftables_difference(
+    ledger: NftablesLedger,
+    family: Family,
+    parts: TableParts,
+    repair: Repair,
+    listed: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> FamilyDifference:
+    """Describe the parts of a table that the repair would change. `parts` is the whole table as it is in the kernel.
+
+    `listed` contains the rules of some chains as `nft` lists them, to show those that are not kproxy's.
+    """
+    describe = _Description(ledger, family, parts, listed)
     differences = [each for part in sorted(repair.parts) for each in describe.part(part)]
     return FamilyDifference(family=family.value, differences=tuple(differences))
 
@@ -76,10 +88,13 @@ def _whole_table(family: Family, change: DifferenceChange, remark: str) -> Famil
 
 
 class _Description:
-    def __init__(self, ledger: NftablesLedger, family: Family, parts: TableParts) -> None:
+    def __init__(
+        self, ledger: NftablesLedger, family: Family, parts: TableParts, listed: Mapping[str, Sequence[str]]
+    ) -> None:
         self._desired = DesiredTable(ledger, family)
         self._family = family
         self._parts = parts
+        self._listed = listed
         self._writer = NftWriter(family)
         self._owners = ElementOwners(ledger)
 
@@ -117,7 +132,7 @@ class _Description:
 
     def _chain(self, name: str) -> RuleDifference:
         chain, state = self._desired.chain(name), self._parts.chains.get(name)
-        expected, found = self._rules(chain, state)
+        expected, found = self._rules(name, chain, state)
         return RuleDifference(
             change=_change(exists=state is not None, wanted=chain is not None),
             kind="chain",
@@ -129,7 +144,7 @@ class _Description:
             remark=_chain_remark(chain, state, any_rule=bool(expected or found)),
         )
 
-    def _rules(self, chain: NftChain | None, state: ChainState | None) -> tuple[list[str], list[str]]:
+    def _rules(self, name: str, chain: NftChain | None, state: ChainState | None) -> tuple[list[str], list[str]]:
         """Return the rules that a chain lacks, and those that it must not have, without those that are right."""
         wanted = list(chain.rules) if chain is not None else []
         contents = [rule_content(rule, self._family) for rule in wanted]
@@ -140,12 +155,24 @@ class _Description:
                 surplus[content] -= 1
             else:
                 lacking.append(self._writer.rule(rule))
-        texts = {content: self._writer.rule(rule) for rule, content in zip(wanted, contents, strict=True)}
+        texts = dict(self._listed_rules(name, state))
+        texts |= {content: self._writer.rule(rule) for rule, content in zip(wanted, contents, strict=True)}
         found = [
             texts.get(content) or (f'{_UNKNOWN_RULE} comment "{content.comment}"' if content.comment else _UNKNOWN_RULE)
             for content in surplus.elements()
         ]
         return lacking, found
+
+    def _listed_rules(self, name: str, state: ChainState | None) -> Iterator[tuple[RuleContent, str]]:
+        listed = self._listed.get(name, ())
+        if state is not None and len(listed) == len(state.rules):  # the chain has not changed in between
+            yield from zip(state.rules, listed, strict=True)
+
+
+def rules_of_listing(listing: str) -> list[str]:
+    """Return the rules in the output of `nft list chain`."""
+    lines = [line.strip() for line in listing.splitlines() if line.startswith("\t\t")]
+    return [line for line in lines if not _NO_RULE.match(line)]
 
 
 def _change(*, exists: bool, wanted: bool) -> DifferenceChange:

@@ -179,6 +179,9 @@ def test_damaged_elements_of_nftables_mode_are_named_with_their_service(
     chain = next(line.split()[1] for line in listed.splitlines() if "chain service-" in line and "shop/db" in line)
     node.run(["nft", "add", "rule", *table, chain, "counter"])
     assert ("changed", "chain", ("shop/db",)) in differences(node, objects, "nftables")
+    node.run(["nft", "add", "rule", *table, "services", "ip", "daddr", "192.0.2.1", "drop"])
+    text = kproxy(node, "diff", *flags(objects, "nftables")).stdout
+    assert "changed chain services\n    - ip daddr 192.0.2.1 drop\n" in text
     node.run(["nft", "delete", "table", *table])
     assert differences(node, objects, "nftables") == {("missing", "table", ())}
 

@@ -24,7 +24,12 @@ from kproxy.diagnose.difference_configuration import (
     field_differences,
 )
 from kproxy.diagnose.difference_iptables import iptables_difference
-from kproxy.diagnose.difference_nftables import missing_table, nftables_difference, unusable_table
+from kproxy.diagnose.difference_nftables import (
+    missing_table,
+    nftables_difference,
+    rules_of_listing,
+    unusable_table,
+)
 from kproxy.diagnose.difference_objects import LostEndpoint, ObjectsDifference, frontend_text, service_differences
 from kproxy.diagnose.report import schema
 from kproxy.diagnose.written_rules import Rendering, count_written
@@ -387,6 +392,12 @@ def test_chains_and_sets_of_a_service_with_session_affinity() -> None:
     assert (first.change, first.services, first.expected) == ("changed", ("shop/db",), ())
     assert first.found == ('(a rule that is not kproxy\'s) comment "someone else"',)
     assert (second.change, second.kind, second.services) == ("extra", "set", ("old/one",))
+    # With the listing of nft, the rule itself is shown.
+    listing = "table ip kube-proxy {\n\tchain x {\n\t\ttype nat hook output priority 0; policy accept;\n"
+    listing += "".join(f"\t\trule {number}\n" for number in range(len(state.rules))) + "\t}\n}\n"
+    listed = {chain: rules_of_listing(listing)}
+    first = nftables_difference(ledger, Family.IPV4, parts, repair, listed).differences[0]
+    assert first.found == (f"rule {len(state.rules) - 1}",)
 
 
 def test_whole_tables() -> None:
