@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from msgspec import Struct
 
@@ -68,7 +68,7 @@ def from_daemon(states: list[ServiceState], empty: ServiceState) -> DesiredState
     store.apply(Replace(Service, tuple(each.service for each in states if each.service is not None)))
     store.apply(Replace(EndpointSlice, tuple(slice_ for each in states for slice_ in each.slices)))
     store.apply(Replace(Node, (empty.node,) if empty.node is not None else ()))
-    store.apply(Replace(ServiceCIDR, tuple(ServiceCIDR(cidr, (cidr,)) for cidr in cidrs)))
+    store.apply(Replace(ServiceCIDR, _cidr_objects(cidrs)))
     makers = {family: _constant(context) for family, context in known.items()}
     families = _plan_all(store, makers, empty.mode)
     notes = tuple(_notes(states))
@@ -110,7 +110,14 @@ def kernel_contexts(config: Config, runners: Mapping[Family, IptablesRunner]) ->
 
 
 def changed(state: DesiredState, store: Store) -> dict[Family, PlannedFamily]:
-    """Return the plans that result from other objects on the same node. Raises `SyncError`."""
+    """Return the plans that result from other objects on the same node. Raises `SyncError`.
+
+    If `store` has no Node or no ServiceCIDRs, because the files contain only what changes, those of `state` remain.
+    """
+    if store.node is None and state.store.node is not None:
+        store.apply(Replace(Node, (state.store.node,)))
+    if not store.service_cidrs and state.store.service_cidrs:
+        store.apply(Replace(ServiceCIDR, _cidr_objects(state.store.service_cidrs)))
     return _plan_all(store, state.contexts, state.mode)
 
 
@@ -118,6 +125,10 @@ def _plan_all(store: Store, contexts: Mapping[Family, MakeContext], mode: str) -
     # As in `make_families`: `large_cluster` changes nothing in nftables mode.
     limit = math.inf if mode == "nftables" else LARGE_CLUSTER_ENDPOINTS
     return {family: plan_family(store, make, large_cluster_endpoints=limit) for family, make in contexts.items()}
+
+
+def _cidr_objects(cidrs: Iterable[str]) -> tuple[ServiceCIDR, ...]:
+    return tuple(ServiceCIDR(cidr, (cidr,)) for cidr in cidrs)
 
 
 def _constant(context: Context) -> MakeContext:

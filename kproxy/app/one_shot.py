@@ -100,9 +100,10 @@ def _assumed_context(config: Config, family: Family) -> Callable[[Node | None], 
 
 
 def load_store(config: Config, objects: str, node_name: str = "") -> Store:
-    """Load the desired state from a file or directory. `node_name` is by default that of the configuration.
+    """Load the desired state from a file or directory. Raises `FileSourceError`.
 
-    Raises `FileSourceError`.
+    If `node_name` is not set, it is that of the configuration, and a warning is logged if the files do not contain the
+    Node.
     """
     name = node_name or local_node_name(config)
     store = Store(name, watched_kinds(config))
@@ -112,6 +113,6 @@ def load_store(config: Config, objects: str, node_name: str = "") -> Store:
             store.apply(delta)
 
     FileSource(objects, apply_all).load_once()
-    if store.node is None:
+    if store.node is None and not node_name:
         log.warning("no Node %r: zone, pod CIDRs and node addresses are unknown", name)
     return store

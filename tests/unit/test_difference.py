@@ -413,9 +413,10 @@ def test_whole_tables() -> None:
 
 OBJECTS = """\
 apiVersion: v1
-kind: Node
-metadata: {name: node-1}
-status: {addresses: [{type: InternalIP, address: 10.99.0.2}]}
+kind: List
+items:
+- {apiVersion: v1, kind: Node, metadata: {name: node-1}, status: {addresses: [{type: InternalIP, address: 10.99.0.2}]}}
+- {apiVersion: networking.k8s.io/v1, kind: ServiceCIDR, metadata: {name: kubernetes}, spec: {cidrs: [10.96.0.0/12]}}
 ---
 apiVersion: v1
 kind: Service
@@ -448,6 +449,10 @@ def test_diff_against_other_objects(mode: str, files: tuple[str, str], capsys: p
     assert " no difference" in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, f"--against={files[1]}"]) == 1
     text = capsys.readouterr().out
+    without_node = Path(files[0]).with_name("services.yaml")
+    without_node.write_text(OBJECTS.partition("---\n")[2])
+    assert main([*arguments, f"--against={without_node}"]) == 0, "the Node and the ServiceCIDRs remain"
+    capsys.readouterr()
     assert "+ endpoint 10.244.2.7:8080/TCP" in text
     assert "- endpoint 10.244.2.6:8080/TCP" in text
     assert max(map(len, text.splitlines())) <= 100
