@@ -21,8 +21,9 @@ from kproxy.host.interfaces import local_addresses, own_addresses
 from kproxy.host.nf_tables import current_generation
 from kproxy.host.nfacct import ensure_counters
 from kproxy.host.process import has_net_admin
-from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED, IptablesBackend
+from kproxy.iptables.backend import MAX_TRANSACTION_RULES, IptablesBackend
 from kproxy.iptables.base_rules import INVALID_COUNTER
+from kproxy.iptables.diff import UNLIMITED
 from kproxy.iptables.foreign_changes import GenerationCounter
 from kproxy.iptables.render import LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner, check_tables

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 from kproxy.host.commands import CommandError
-from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED
+from kproxy.iptables.backend import MAX_TRANSACTION_RULES
 from kproxy.iptables.cleanup import cleanup, cleanup_ipvs
+from kproxy.iptables.diff import UNLIMITED
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName
 from kproxy.iptables.runner import IptablesRunner, IptablesVersion, RestoreError
 from kproxy.iptables.save_restore import RestoreInput, SavedChain, parse_save
 from kproxy.iptables.variant import other_variant_warning
 from kproxy.ipvs.cleanup import find_leftovers, remove_leftovers
 from kproxy.model.types import Family
+from kproxy.nftables.decode import TableReader
 from kproxy.nftables.kernel import remove_table
 
 log = logging.getLogger(__name__)
+RemovalPlan: TypeAlias = Callable[[Mapping[ChainName, SavedChain], IptablesVersion], Iterable[RestoreInput]]
+"""Derives the changes that remove chains from the current rules of a family."""
 _PORT_CHAIN_RULES = tuple(f"-A {prefix}" for prefix in PORT_CHAIN_PREFIXES)
 """The prefixes that identify rules of per-Service chains in the output of `iptables-save`.
 
@@ -57,12 +62,25 @@ def remove_iptables(family: Family, kernel: IptablesRunner | None = None) -> str
     Takes 1.6 s for 20,000 chains and 5.3 s for 55,000 (iptables-nft 1.8.9). Do not run it while another process changes
     tables continuously: iptables-nft restarts its dump whenever a table changes, and may never finish.
     """
-
-    def changes(saved: Mapping[ChainName, SavedChain], version: IptablesVersion) -> Iterable[RestoreInput]:
-        return cleanup(saved, max_transaction_rules=MAX_TRANSACTION_RULES if version.nft else UNLIMITED)
-
-    removed = _remove_chains(kernel or IptablesRunner(family), changes)
+    removed = _remove_chains(kernel or IptablesRunner(family), _all_chains)
     return f"removed {_chains(removed, family)}" if removed else ""
+
+
+def remains_of_other_mode(family: Family, mode: str) -> str:
+    """Return what `kproxy apply` and the daemon in a mode delete of the other mode after the first sync, or "".
+
+    Raises `CommandError` if iptables fails, and `OSError` if the kernel cannot be asked.
+    """
+    if mode == "iptables":
+        return "nftables table kube-proxy" if TableReader(family).exists() else ""
+    kernel = IptablesRunner(family)
+    version = _version(kernel)
+    count = sum(len(change.deleted) for change in _changes(kernel, version, _all_chains)) if version is not None else 0
+    return f"{count:,} chains of iptables mode" if count else ""
+
+
+def _all_chains(saved: Mapping[ChainName, SavedChain], version: IptablesVersion) -> Iterable[RestoreInput]:
+    return cleanup(saved, max_transaction_rules=MAX_TRANSACTION_RULES if version.nft else UNLIMITED)
 
 
 def remove_ipvs(kernels: Mapping[Family, IptablesRunner] | None = None) -> str:
@@ -124,13 +142,21 @@ def _chains(number: int, family: Family) -> str:
     return f"{number} {family.value} iptables chains"
 
 
-def _remove_chains(
-    kernel: IptablesRunner, plan: Callable[[Mapping[ChainName, SavedChain], IptablesVersion], Iterable[RestoreInput]]
-) -> int:
+def _remove_chains(kernel: IptablesRunner, plan: RemovalPlan) -> int:
     """Apply the changes that `plan` derives from a family's current rules. Return how many chains were deleted."""
     version = _version(kernel)
     if version is None:
         return 0
+    changes = _changes(kernel, version, plan)
+    try:
+        kernel.restore_each(change.text() for change in changes)
+    except RestoreError as error:
+        raise CommandError(str(error)) from None
+    return sum(len(change.deleted) for change in changes)
+
+
+def _changes(kernel: IptablesRunner, version: IptablesVersion, plan: RemovalPlan) -> list[RestoreInput]:
+    """Return the changes that `plan` derives from a family's current rules."""
     with kernel.save() as lines:
         relevant = (line for line in lines if not line.startswith(_PORT_CHAIN_RULES))
         saved = parse_save(relevant)
@@ -140,12 +166,7 @@ def _remove_chains(
             kernel.family.value,
             table,
         )
-    try:
-        changes = [change for change in plan(saved.chains, version) if change]
-        kernel.restore_each(change.text() for change in changes)
-    except RestoreError as error:
-        raise CommandError(str(error)) from None
-    return sum(len(change.deleted) for change in changes)
+    return [change for change in plan(saved.chains, version) if change]
 
 
 def unremovable_chains(kernel: IptablesRunner | None = None) -> str:

@@ -104,15 +104,20 @@ def _assumed_context(config: Config, family: Family) -> Callable[[Node | None], 
     return context
 
 
-def load_store(config: Config, objects: str) -> Store:
-    """Load the desired state from a file or directory. Raises `FileSourceError`."""
-    store = Store(local_node_name(config), watched_kinds(config))
+def load_store(config: Config, objects: str, node_name: str = "") -> Store:
+    """Load the desired state from a file or directory. Raises `FileSourceError`.
+
+    If `node_name` is not set, it is that of the configuration, and a warning is logged if the files do not contain the
+    Node.
+    """
+    name = node_name or local_node_name(config)
+    store = Store(name, watched_kinds(config))
 
     def apply_all(deltas: tuple[Delta, ...]) -> None:
         for delta in deltas:
             store.apply(delta)
 
     FileSource(objects, apply_all).load_once()
-    if store.node is None:
-        log.warning("no Node %r: zone, pod CIDRs and node addresses are unknown", local_node_name(config))
+    if store.node is None and not node_name:
+        log.warning("no Node %r: zone, pod CIDRs and node addresses are unknown", name)
     return store

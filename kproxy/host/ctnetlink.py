@@ -1,4 +1,4 @@
-"""Delete stale UDP entries from the kernel's connection tracking table, over ctnetlink.
+"""Delete stale UDP entries from the kernel's connection tracking table, and count connections, over ctnetlink.
 
 Whether an entry is stale depends on two of its sockets: the original destination, to which the client sends, and the
 source of the replies. The two sockets differ if the destination is translated (DNAT).
@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import struct
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from enum import Enum
 from typing import TypeAlias
@@ -28,6 +29,7 @@ IPCTNL_MSG_CT_GET = 1
 IPCTNL_MSG_CT_DELETE = 2
 CTA_TUPLE_ORIG = 1
 CTA_TUPLE_REPLY = 2
+CTA_PROTOINFO = 4
 CTA_TIMEOUT = 7
 CTA_ID = 12
 CTA_ZONE = 18
@@ -42,6 +44,8 @@ CTA_IP_V6_DST = 4
 CTA_PROTO_NUM = 1
 CTA_PROTO_SRC_PORT = 2
 CTA_PROTO_DST_PORT = 3
+CTA_PROTOINFO_TCP = 1
+CTA_PROTOINFO_TCP_STATE = 1
 CTA_FILTER_ORIG_FLAGS = 1
 CTA_FILTER_REPLY_FLAGS = 2
 
@@ -49,6 +53,8 @@ CTA_FILTER_REPLY_FLAGS = 2
 CTA_FILTER_F_CTA_IP_DST = 1 << 1
 CTA_FILTER_F_CTA_PROTO_NUM = 1 << 3
 CTA_FILTER_F_CTA_PROTO_DST_PORT = 1 << 5
+
+TCP_CONNTRACK_TIME_WAIT, TCP_CONNTRACK_CLOSE = 7, 8  # linux/netfilter/nf_conntrack_tcp.h
 
 MAX_FILTERED_DUMPS = 4
 """Maximum number of destinations for which separate filtered dumps are requested. If there are more destinations, a
@@ -58,6 +64,8 @@ For each filtered dump, the kernel walks its whole hash table (9 ms for 262,144 
 in a reply. With 50,000 entries, four filtered dumps take 70 ms, and one dump of all entries takes 130 ms.
 """
 _PORT = struct.Struct(">H")
+_FLOW_PROTOCOLS = {"TCP": socket.IPPROTO_TCP, "UDP": socket.IPPROTO_UDP, "SCTP": socket.IPPROTO_SCTP}
+_CLOSED = {TCP_CONNTRACK_TIME_WAIT, TCP_CONNTRACK_CLOSE}
 
 FlowSockets: TypeAlias = tuple[bytes, bytes]
 """The original destination and the reply source of an entry. Each is a packed address followed by a packed port."""
@@ -81,6 +89,50 @@ TUPLE_LAYOUTS = {
     Family.IPV4: TupleLayout(socket.AF_INET, 4, CTA_IP_V4_SRC, CTA_IP_V4_DST),
     Family.IPV6: TupleLayout(socket.AF_INET6, 16, CTA_IP_V6_SRC, CTA_IP_V6_DST),
 }
+
+
+def count_flows(family: Family) -> Counter[tuple[str, str, str]]:
+    """Count the tracked TCP, UDP and SCTP connections of a family in the network namespace of the calling thread.
+
+    The keys are the protocol, the original destination, and the source of the replies, each "ip:port". TCP connections
+    that have been closed do not count. Raises `OSError`.
+    """
+    layout = TUPLE_LAYOUTS[family]
+    kind = nfnl_type(NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET)
+
+    def attempt() -> Counter[tuple[str, str, str]]:
+        flows: Counter[tuple[str, str, str]] = Counter()
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            for message in netlink.dump(kind, nfgenmsg(layout.address_family)):
+                if (flow := _flow(layout, *message)) is not None:
+                    flows[flow] += 1
+        return flows
+
+    return retry_interrupted(attempt)
+
+
+def _flow(layout: TupleLayout, data: bytes, begin: int, end: int) -> tuple[str, str, str] | None:
+    found = attributes(data, begin + NFGENMSG_SIZE, end)
+    original, reply = found.get(CTA_TUPLE_ORIG), found.get(CTA_TUPLE_REPLY)
+    for name, number in _FLOW_PROTOCOLS.items():
+        destination = _parse_socket(data, original, layout.destination, CTA_PROTO_DST_PORT, number)
+        source = _parse_socket(data, reply, layout.source, CTA_PROTO_SRC_PORT, number)
+        if destination and source:
+            if name == "TCP" and _tcp_state(data, found.get(CTA_PROTOINFO)) in _CLOSED:
+                return None
+            return name, _text(layout, destination), _text(layout, source)
+    return None
+
+
+def _tcp_state(data: bytes, position: tuple[int, int] | None) -> int:
+    for kind in (CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE):
+        position = attributes(data, *position).get(kind) if position is not None else None
+    return data[position[0]] if position is not None else 0
+
+
+def _text(layout: TupleLayout, packed: bytes) -> str:
+    address = socket.inet_ntop(layout.address_family, packed[:-2])
+    return socket_text(address, _PORT.unpack(packed[-2:])[0])
 
 
 class UdpConntrack:

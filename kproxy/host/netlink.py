@@ -277,6 +277,17 @@ class BatchSocket(BoundSocket):
         this raises `StaleGenerationError`. Raises `BatchRejectedError` if the kernel rejects the batch for another
         reason. Raises `NetlinkError` if the batch cannot be sent or the replies cannot be received.
         """
+        self._submit(messages, generation, end=True)
+
+    def check(self, messages: Sequence[tuple[int, int, bytes]]) -> None:
+        """Let the kernel check a batch as `commit` does, but without committing it. Raises the same errors.
+
+        The batch lacks the message that ends it. The kernel then takes all of its changes back when it has processed
+        them (`nfnetlink_rcv_batch` in net/netfilter/nfnetlink.c).
+        """
+        self._submit(messages, None, end=False)
+
+    def _submit(self, messages: Sequence[tuple[int, int, bytes]], generation: int | None, *, end: bool) -> None:
         first = self._sequence + 1
         genid = attribute(NFNL_BATCH_GENID, struct.pack(">I", generation)) if generation is not None else b""
         begin_payload = nfgenmsg(resource=self._subsystem) + genid
@@ -285,7 +296,8 @@ class BatchSocket(BoundSocket):
         kind, flags, payload = messages[-1]
         parts.append(self._message(kind, flags | NLM_F_ACK, payload))
         last = self._sequence
-        parts.append(self._message(NFNL_MSG_BATCH_END, 0, nfgenmsg(resource=self._subsystem)))
+        if end:
+            parts.append(self._message(NFNL_MSG_BATCH_END, 0, nfgenmsg(resource=self._subsystem)))
         self._send(b"".join(parts))
         rejections = self._receive_rejections(first, last)
         if rejections:

@@ -41,6 +41,15 @@ def ensure_counters(names: Iterable[str]) -> None:
                     raise
 
 
+def has_counters() -> bool:
+    """Return whether `ensure_counters` would succeed, as far as this is known without creating counters."""
+    try:
+        retry_interrupted(partial(_dump_counter, ""))
+    except OSError:
+        return False
+    return True
+
+
 def read_counter(name: str) -> int | None:
     """Return a counter's packet count, or None if the counter does not exist or cannot be read."""
     try:

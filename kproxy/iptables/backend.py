@@ -12,19 +12,18 @@ from typing import Protocol
 from kproxy.host.commands import CommandError
 from kproxy.iptables.base_rules import ensured_rules
 from kproxy.iptables.comparison import RuleComparison, read_scope
-from kproxy.iptables.diff import IptablesDiff, RenderedServices
+from kproxy.iptables.diff import UNLIMITED, IptablesDiff, RenderedServices
 from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
 from kproxy.iptables.held_services import ExistingServices
 from kproxy.iptables.isolation import IsolatingSync
 from kproxy.iptables.ledger import Digest, IptablesLedger, IptablesSnapshot, ServiceRecord, record_chains
 from kproxy.iptables.names import FILTER_FIREWALL, ChainName, deletion_order
-from kproxy.iptables.render import RenderedPort, render_port
+from kproxy.iptables.render import RenderedPort, render_ports
 from kproxy.iptables.repair import Damage, Scope, find_damage
 from kproxy.iptables.runner import RestoreError
 from kproxy.iptables.save_restore import TABLES, RestoreInput, SavedChain, parse_save
 from kproxy.model.context import Context
 from kproxy.model.drift import Part, RepairResult, Touched
-from kproxy.model.plan import ServicePortPlan
 from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
 from kproxy.model.types import ServiceKey
 
@@ -56,8 +55,6 @@ Services with 10 endpoints each:
 """
 MAX_REPAIRED_SERVICES = 100
 """If more Services than this are damaged, and they are more than half of all Services, a full sync restores them."""
-UNLIMITED = 1 << 60
-"""No limit on the rules in a transaction: iptables-legacy rewrites the whole table for each transaction."""
 MAX_SINGLE_CHAIN_READS = 200
 """Maximum number of chains that are read one by one. Reading a chain takes about 5 ms, reading all rules a second."""
 
@@ -669,8 +666,3 @@ class IptablesPrinter:
 
     def forget(self) -> None:
         """Do nothing: every `sync` prints everything."""
-
-
-def render_ports(ports: Sequence[ServicePortPlan], context: Context) -> dict[str, RenderedPort]:
-    """Return the rules of a Service's ports, keyed by `port name/protocol`."""
-    return {f"{plan.port_name}/{plan.protocol}": render_port(plan, context) for plan in ports}

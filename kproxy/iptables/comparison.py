@@ -39,14 +39,18 @@ Group: TypeAlias = ServiceKey | ChainName
 """A Service, which stands for its per-Service chains, or a dispatch chain or shard."""
 
 
-class RuleReader(Protocol):
-    """The part of `kproxy.iptables.backend.IptablesKernel` that reads rules."""
+class ScopeReader(Protocol):
+    """Reads rules, of a kernel or of a dump."""
 
     def save(self, table: str = "") -> AbstractContextManager[Iterator[str]]:
         """Read the rules of one table, or of all tables, as `iptables-save` prints them."""
 
     def list_rules(self, chains: Iterable[ChainName]) -> dict[ChainName, list[str]]:
         """Return the rules of those `chains` that exist."""
+
+
+class RuleReader(ScopeReader, Protocol):
+    """The part of `kproxy.iptables.backend.IptablesKernel` that reads rules."""
 
     def foreign_changes(self) -> int | None:
         """Return a number that is different after another process has changed rules.
@@ -223,7 +227,7 @@ def _chains(group: Group, ledger: IptablesLedger) -> list[ChainName]:
     return [ChainName("nat", name) for port in ports for name in port.names.split()]
 
 
-def read_scope(kernel: RuleReader, scope: Scope, ledger: IptablesLedger, context: Context) -> IptablesSnapshot | None:
+def read_scope(kernel: ScopeReader, scope: Scope, ledger: IptablesLedger, context: Context) -> IptablesSnapshot | None:
     """Read the chains in `scope`: a few chains one by one, and otherwise a whole table.
 
     Return None if a table has too many chains to read them one by one, and iptables cannot print it as a whole because

@@ -6,7 +6,7 @@ Chains, comments and the order of rules are the same as in kube-proxy, because o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from ipaddress import ip_address
 from typing import NamedTuple
@@ -86,6 +86,11 @@ class RenderedPort(Struct, frozen=True, gc=False):
 def render_port(plan: ServicePortPlan, context: Context) -> RenderedPort:
     """Render all rules of one service port."""
     return _PortRenderer(plan, context).render()
+
+
+def render_ports(ports: Sequence[ServicePortPlan], context: Context) -> dict[str, RenderedPort]:
+    """Return the rules of a Service's ports, keyed by `port name/protocol`."""
+    return {f"{plan.port_name}/{plan.protocol}": render_port(plan, context) for plan in ports}
 
 
 def host_cidr(address: str) -> str:

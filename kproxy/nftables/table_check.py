@@ -98,6 +98,15 @@ class TableCheck:
         parts = (Part(TABLE, "table"), *repair.parts) if awakened else tuple(repair.parts)
         return RepairResult(parts)
 
+    def examine(self, ledger: NftablesLedger, family: Family) -> tuple[TableParts, Repair]:
+        """Read the whole table. Return it with the repair that it needs, which is not made.
+
+        Raises `IncompatibleTableError` if only a full sync can restore the table.
+        """
+        desired = DesiredTable(ledger, family)
+        parts = self._read_everything(desired)
+        return parts, plan_repair(desired, parts)
+
     def compare_next(self, ledger: NftablesLedger, family: Family) -> RepairResult | None:
         """Compare the next part of the table with the ledger. Return None if the comparison is complete.
 

@@ -10,8 +10,9 @@ import pytest
 from msgspec.structs import replace
 
 from kproxy.host.nfacct import ensure_counters
-from kproxy.iptables.backend import MAX_TRANSACTION_RULES, UNLIMITED, IptablesBackend
+from kproxy.iptables.backend import MAX_TRANSACTION_RULES, IptablesBackend
 from kproxy.iptables.base_rules import INVALID_COUNTER
+from kproxy.iptables.diff import UNLIMITED
 from kproxy.iptables.names import port_hash
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.context import Context

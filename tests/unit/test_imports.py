@@ -73,6 +73,8 @@ PURE = (
     *(f"diagnose.{name}" for name in ("cluster_objects", "endpoint_use", "pods", "port_case", "port_reasons")),
     *(f"diagnose.{name}" for name in ("rejection_cause", "rules_problem", "service_problem")),
     "diagnose.top",
+    *("iptables.desired_rules", "nftables.planned_table", "sync.planning", "diagnose.written_rules"),
+    *(f"diagnose.difference{name}" for name in ("", "_iptables", "_nftables", "_objects", "_configuration")),
     *(
         "config.types",
         "config.conntrack_sysctls",
