@@ -23,6 +23,7 @@ from kproxy.diagnose.endpoint_use import explain_endpoints
 from kproxy.diagnose.explain_facts import Facts
 from kproxy.diagnose.explain_notes import notes, policies_in_words
 from kproxy.diagnose.explain_report import (
+    ChangedRule,
     ClientExplanation,
     FlowExplanation,
     FrontendExplanation,
@@ -31,7 +32,6 @@ from kproxy.diagnose.explain_report import (
     Outcome,
     PortExplanation,
     Reason,
-    RuleDifference,
     ServiceExplanation,
     Verdict,
 )
@@ -274,8 +274,7 @@ def _kernel(facts: Facts) -> KernelExplanation:
     if kernel is None:
         return KernelExplanation(matches=None, summary="not compared")
     differences = tuple(
-        RuleDifference(family=each.family.value, object=each.object, problem=each.problem)
-        for each in kernel.differences
+        ChangedRule(family=each.family.value, object=each.object, problem=each.problem) for each in kernel.differences
     )
     matches = not (kernel.differences or kernel.absent) if kernel.compared else None
     return KernelExplanation(matches=matches, summary=kernel.summary, differences=differences)

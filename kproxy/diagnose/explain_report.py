@@ -127,7 +127,7 @@ class PortExplanation(ReportPart, frozen=True, kw_only=True):
     endpoints: tuple[EndpointExplanation, ...]
 
 
-class RuleDifference(ReportPart, frozen=True, kw_only=True):
+class ChangedRule(ReportPart, frozen=True, kw_only=True):
     """An object of the rules in the kernel that is not as planned: a chain, set, map or element."""
 
     family: str
@@ -140,7 +140,7 @@ class KernelExplanation(ReportPart, frozen=True, kw_only=True):
 
     matches: bool | None
     summary: str
-    differences: tuple[RuleDifference, ...] = ()
+    differences: tuple[ChangedRule, ...] = ()
 
 
 class FlowExplanation(ReportPart, frozen=True, kw_only=True):

@@ -493,7 +493,7 @@ class Loading(Daemon):
         print(len(list(Path(sys.argv[2]).iterdir())), flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
-Loading(Config(), None, None, None).run()
+Loading(Config(), None, None, None, own_log=None).run()
 """
 """A daemon that loads a kubeconfig, prints the number of temporary files and receives SIGTERM."""
 

@@ -73,7 +73,7 @@ class StoppedDaemon(Daemon):
 
 
 try:
-    StoppedDaemon(Config(), None, None, None).run()
+    StoppedDaemon(Config(), None, None, None, own_log=None).run()
 except RuntimeError as error:
     print(error)
     sys.exit(1)
@@ -126,7 +126,7 @@ class FailedThread:
     def thread(self):
         raise MemoryError
 
-Daemon(Config(), None, None, None)._thread_failed(FailedThread())
+Daemon(Config(), None, None, None, own_log=None)._thread_failed(FailedThread())
 print("still alive")
 """
     done = subprocess.run(

@@ -11,7 +11,7 @@ PAGE = (ROOT / "docs/security.md").read_text()
 
 
 @cache
-def tests() -> frozenset[str]:
+def all_tests() -> frozenset[str]:
     """Return the names of all test functions of the project."""
     files = (ROOT / "tests").rglob("test_*.py")
     return frozenset(name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE))
@@ -26,7 +26,7 @@ def rows(heading: str) -> list[str]:
 def test_named_tests_exist() -> None:
     named = set(re.findall(r"`(test_\w+)`", PAGE))
     assert len(named) > 25
-    assert named <= tests()
+    assert named <= all_tests()
 
 
 def test_each_input_has_a_test() -> None:

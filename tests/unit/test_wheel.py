@@ -72,12 +72,14 @@ def metadata(wheel: Path, name: str) -> str:
         return archive.read(f"kproxy-{kproxy.__version__}.dist-info/{name}").decode()
 
 
-def test_wheel_has_only_the_package_and_the_license(wheel: Path) -> None:
+def test_wheel_has_only_the_package_its_manual_pages_and_the_license(wheel: Path) -> None:
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "kproxy").rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = f"kproxy-{kproxy.__version__}.dist-info"
-    assert {name for name in names if not name.startswith(f"{info}/")} == sources
+    data = f"kproxy-{kproxy.__version__}.data/data/share/man/man1"
+    manual = {f"{data}/{path.name}" for path in (ROOT / "docs/man").glob("*.1")}
+    assert {name for name in names if not name.startswith(f"{info}/")} == sources | manual
     assert metadata(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text()
 
 
@@ -85,11 +87,14 @@ def test_wheel_is_for_any_platform_and_python_3(wheel: Path) -> None:
     assert wheel.name == f"kproxy-{kproxy.__version__}-py3-none-any.whl"
 
 
-def test_only_command_of_the_wheel_is_kproxy(wheel: Path) -> None:
+def test_commands_of_the_wheel_are_kproxy_and_its_kubectl_plugin(wheel: Path) -> None:
     entries = ConfigParser()
     entries.read_string(metadata(wheel, "entry_points.txt"))
     assert {name: dict(entries[name]) for name in entries.sections()} == {
-        "console_scripts": {"kproxy": "kproxy.__main__:main"}
+        "console_scripts": {
+            "kproxy": "kproxy.__main__:main",
+            "kubectl-kproxy": "kproxy.cli.kubectl_plugin:main",
+        }
     }
 
 
