@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 
 from kproxy.cli.console import CommandFailedError, show
+from kproxy.cli.control_client import fetch_service_names
 from kproxy.cli.parser import COMMANDS, HelpFormatter
 from kproxy.config.flag_table import CONFIG_FLAGS
 
@@ -26,7 +27,8 @@ examples:
   # fish
   kproxy completion fish > ~/.config/fish/completions/kproxy.fish
 
-TAB then completes commands, flags, flag values and file names.
+TAB then completes commands, flags, flag values and file names. Where root can
+ask the daemon, it also completes the names of Services.
 
 Needs an optional Python package (kproxy[completion]). To add it, run this in a
 clone of kproxy:
@@ -58,6 +60,19 @@ if [[ $zsh_eval_context[-1] == file ]]; then
   return
 fi"""
 """Shell code that is inserted before the end of the zsh script."""
+SERVICE = "NAMESPACE/SERVICE"
+"""The metavar of arguments that name a Service."""
+BASH_SERVICES = """
+_kproxy_services() {
+  compgen -W "$(kproxy completion bash --services 2>/dev/null)" -- "$1"
+}"""
+ZSH_SERVICES = """\
+_kproxy_services() {
+  compadd -- ${(f)"$(kproxy completion zsh --services 2>/dev/null)"}
+}
+"""
+FISH_SERVICES = "(kproxy completion fish --services 2>/dev/null)"
+"""Shell code that completes the names of Services, if a daemon can be asked."""
 FISH_FILE = "(__fish_complete_path (string replace -r -- '^--[^=]*=' '' (commandline -ct)))"
 """Shell code that completes file names in fish, including those after `--flag=`."""
 
@@ -68,16 +83,20 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "completion",
         help=COMMANDS["completion"],
         usage="kproxy completion bash|zsh|fish",
-        description="Print a script that completes commands, flags and flag values in a shell.",
+        description="Print a script that completes commands, flags, values and Services in a shell.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, zsh or fish")
+    parser.add_argument("--services", action="store_true", help=argparse.SUPPRESS)  # used by the scripts
     parser.set_defaults(command=_print_script)
 
 
 def _print_script(options: argparse.Namespace) -> None:
+    if options.services:
+        show("".join(f"{name}\n" for name in fetch_service_names()))
+        return
     show(script(options.shell))
 
 
@@ -99,7 +118,14 @@ def script(shell: str) -> str:
     for command in commands.values():
         for action in command.shown():
             _prepare(action, shell, {**shtab.FILE, "fish": FISH_FILE})
-    text = shtab.complete(parser, shell, preamble=ZSH if shell == "zsh" else "")
+            if action.metavar == SERVICE:
+                action.complete = {  # type: ignore[attr-defined]
+                    "bash": "_kproxy_services",
+                    "zsh": "_kproxy_services",
+                    "fish": FISH_SERVICES,
+                }
+    preambles = {"bash": BASH_SERVICES, "zsh": ZSH_SERVICES + ZSH, "fish": ""}
+    text = shtab.complete(parser, shell, preamble=preambles[shell])
     return f"{text}\n{BASH}" if shell == "bash" else text
 
 

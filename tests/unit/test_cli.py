@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import kproxy
+from kproxy.cli.parser import COMMANDS
 from tests.lab.proxy import KPROXY
 from tests.recordings import GOLDEN
 
@@ -36,7 +37,7 @@ def error_line(done: subprocess.CompletedProcess[str]) -> str:
     [
         (
             ("frobnicate",),
-            "kproxy: unknown command 'frobnicate'; commands: run, apply, render, explain, completion (see",
+            f"kproxy: unknown command 'frobnicate'; commands: {', '.join(COMMANDS)} (see",
         ),
         (("rendr",), "kproxy: unknown command 'rendr'; did you mean render? (see kproxy --help)"),
         (("",), "kproxy: unknown command ''; commands: run, "),

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from kproxy.cli.completion import SHELLS, script
+from kproxy.cli.parser import COMMANDS
 from tests.lab.proxy import KPROXY
 
 STUB = f"""\
 #!/bin/sh
+[ "$1 $3" = "completion --services" ] && printf 'shop/web\\nshop/api\\ndefault/db\\n' && exit
 [ "$1" = completion ] && exec {KPROXY} "$@"
 echo "called: $*."
 """
@@ -46,6 +48,7 @@ TYPED = [
         "run -v=4 --cluster-cidr=x --detect-local-mode=NodeCIDR",
     ),
     ("kproxy apply --objects=settings.yaml --masq", "apply --objects=settings.yaml --masquerade-all"),
+    ("kproxy explain shop/w", "explain shop/web"),
     ("kproxy render --family=ipv4 --objects=sett", "render --family=ipv4 --objects=settings.yaml"),
 ]
 
@@ -126,7 +129,10 @@ def bash_completions(directory: Path, *words: str) -> set[str]:
 @pytest.mark.parametrize(
     ("words", "completions"),
     [
-        (("",), {"run", "apply", "render", "explain", "completion"}),
+        (("",), {*COMMANDS}),
+        (("explain", "shop/"), {"shop/api", "shop/web"}),
+        (("explain", "shop/w"), {"shop/web"}),
+        (("top", "d"), {"default/db"}),
         (("run", "--proxy"), {"--proxy-mode", "--proxy-port-range"}),
         (("run", "--proxy-mode", "="), {"iptables", "nftables"}),
         (("run", "--proxy-mode", ""), {"iptables", "nftables"}),
