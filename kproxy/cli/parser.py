@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "keep the node's rules in sync with the cluster, or with files",
     "apply": "program the node once, from files",
     "render": "print the rules for the objects in files, without changing anything",
+    "trace": "follow a packet through every table of a node, to its verdict",
     "completion": "print a shell completion script",
 }
 """The commands and their summaries. Each command is defined by the module of the same name in this package."""
