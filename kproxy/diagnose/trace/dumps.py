@@ -78,7 +78,12 @@ class Dumps:
         """
         program = Program()
         program.add(self._iptables)
-        program.add(read_nft(self._without_duplicates()))
+        remaining = list(self._without_duplicates())
+        program.add(read_nft(remaining))
+        if any("xt" in statement for entry in remaining for statement in entry.get("rule", {}).get("expr", ())):
+            program.notes.append(
+                "nft shows the matches and targets of iptables without their options: add a dump of iptables-save"
+            )
         return program
 
     def _without_duplicates(self) -> Iterable[Json]:

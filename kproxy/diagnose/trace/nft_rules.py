@@ -157,13 +157,15 @@ def _unknown_statement(kind: str, content: Json, statement: Json, *, has_verdict
 
 
 def _xt(content: Json, text: str, *, has_verdict: bool) -> list[Check | Action]:
-    content = content or {}
-    if content.get("type") == "match" and content.get("name") == "comment":
+    """Return the effect of a match or target of iptables, of which nft shows only the name."""
+    kind, name = (content or {}).get("type", ""), (content or {}).get("name", "")
+    if kind == "match" and name == "comment":
         return []
-    if content.get("type") == "target" and content.get("name") in ("LOG", "NFLOG", "TRACE", "TCPMSS", "AUDIT"):
-        return []
-    known_match = content.get("type") == "match" or (not content.get("type") and has_verdict)
-    return [Check(never_known, text)] if known_match else [unknown_action(text)]
+    if kind == "match" or (not kind and has_verdict):
+        return [Check(never_known, text)]
+    if kind == "target" and name in _XT_TARGETS:
+        return _XT_TARGETS[name]
+    return [unknown_action(text)]
 
 
 # Matches.
@@ -402,3 +404,11 @@ _STATEMENTS = {
     "set": _set_update,
     "notrack": _notrack,
 }
+_XT_TARGETS: dict[str, list[Check | Action]] = {
+    **{name: [] for name in ("LOG", "NFLOG", "TRACE", "AUDIT", "TCPMSS", "TOS", "DSCP", "CHECKSUM")},
+    "MASQUERADE": [_masquerade(None, {})],
+    "REJECT": [decide(Decision("reject"))],
+    "MARK": [change(lambda flow: replace(flow, mark=Bits(0, 0)))],
+    "CONNMARK": [change(lambda flow: replace(flow, mark=Bits(0, 0), connection_mark=Bits(0, 0)))],
+}
+"""The targets of iptables whose effect is known without their options."""
