@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from textwrap import wrap
 from typing import TypeAlias
 
 from kproxy.cli.output import WIDTH, Style
-from kproxy.diagnose.trace.trace import PacketTrace, TracedRule, TraceOutcome, TracePath, TraceStep, is_own, percent
+from kproxy.diagnose.trace.trace import (
+    PacketTrace,
+    TracedRule,
+    TraceOutcome,
+    TracePath,
+    TraceStep,
+    TraceUnknown,
+    is_own,
+    percent,
+)
 
 Paint: TypeAlias = Callable[[str], str] | None
 SHOWN_ENDPOINTS = 12
@@ -16,6 +26,19 @@ SHOWN_UNKNOWNS = 6
 _HOOK_WIDTH = 15
 _GLUE = "\u00a0"
 """Stands for a space at which no line is broken."""
+_HOOKS = (
+    "ingress",
+    "prerouting",
+    "output",
+    "routing",
+    "input",
+    "forward",
+    "postrouting",
+    "prerouting lo",
+    "input lo",
+)
+"""The hooks in the order in which packets pass them."""
+_COMMENT = re.compile(r' ?-m comment --comment (?:"(?:[^"\\]|\\.)*"|\S+)')
 _SILENT = {"matched", "jump", "goto", "return", "mark"}
 _WORDS = {
     "drop": "DROPPED",
@@ -48,8 +71,10 @@ def trace_lines(trace: PacketTrace, style: Style) -> Iterator[str]:
 
 def _interface(trace: PacketTrace) -> str:
     if trace.interface == "":
-        return ", sent by this node"
-    return f", received on {trace.interface}" if trace.interface else ", received on an unknown interface"
+        return ", sent by the node"
+    if not trace.interface:
+        return ", received on an unknown interface"
+    return f", received on {trace.interface}{' (where the route back leads)' if trace.interface_from_route else ''}"
 
 
 def _connections(trace: PacketTrace) -> Iterator[str]:
@@ -102,7 +127,7 @@ def _merged(paths: tuple[TracePath, ...]) -> list[tuple[TraceStep, list[TracePat
                 at = max(at, known)
                 if path not in merged[known][1]:
                     merged[known][1].append(path)
-    return merged
+    return sorted(merged, key=lambda each: _HOOKS.index(each[0].hook))
 
 
 def _key(step: TraceStep) -> object:
@@ -147,7 +172,7 @@ def _place(rule: TracedRule | None) -> str:
 def _quoted(rule: TracedRule) -> str:
     text = rule.text
     if rule.family in ("iptables", "ip6tables"):
-        text = text.removeprefix(f"-A {rule.chain} ")
+        text = _COMMENT.sub("", text.removeprefix(f"-A {rule.chain} ")).strip()
     return f"`{text if len(text) <= 160 else text[:157] + '...'}`"
 
 
@@ -193,12 +218,19 @@ def _named(destination: str, node: str) -> str:
 
 def _unknowns(trace: PacketTrace, style: Style) -> Iterator[str]:
     for number, unknown in enumerate(trace.unknowns[:SHOWN_UNKNOWNS]):
-        place = f"{_place(unknown.rule)}: {_quoted(unknown.rule)}: " if unknown.rule else ""
-        yield from _wrapped(f"unknown: {unknown.hook}: {place}{unknown.reason}", "", style.warning)
+        yield from _wrapped(f"unknown: {unknown.hook}: {_reason(unknown)}", "", style.warning)
         for way, outcomes in _by_way(trace, number).items():
-            yield from _wrapped(f"  if {way}: {_outcomes_text(outcomes)}", "    ", None)
+            yield from _wrapped(f"- if {way}: {_outcomes_text(outcomes)}", "    ", None)
     if len(trace.unknowns) > SHOWN_UNKNOWNS:
         yield f"unknown: {len(trace.unknowns) - SHOWN_UNKNOWNS} more rules"
+
+
+def _reason(unknown: TraceUnknown) -> str:
+    if unknown.rule is None:
+        return unknown.reason
+    quoted = _quoted(unknown.rule)
+    reason = f"`{unknown.reason}`"
+    return f"{_place(unknown.rule)}: " + (quoted if quoted == reason else f"{reason} in {quoted}")
 
 
 def _by_way(trace: PacketTrace, number: int) -> dict[str, list[TraceOutcome]]:
@@ -217,29 +249,34 @@ def _fate(outcome: TraceOutcome) -> tuple[str, str]:
 
 
 def _outcomes_text(outcomes: list[TraceOutcome]) -> str:
-    texts = []
-    for outcome in outcomes[:SHOWN_ENDPOINTS]:
-        if outcome.verdict == "accepted":
-            manner = "reaches" if outcome.translated else "goes unchanged to"
-            texts.append(f"{manner} {_named(outcome.destination, outcome.node)}")
-        else:
-            texts.append({"dropped": "DROPPED", "rejected": "REJECTED"}.get(outcome.verdict, "unknown"))
-    if len(outcomes) > SHOWN_ENDPOINTS:
-        texts.append(f"{len(outcomes) - SHOWN_ENDPOINTS} more")
-    return " or ".join(texts)
+    texts = [
+        {"dropped": "DROPPED", "rejected": "REJECTED"}.get(each.verdict, "unknown")
+        for each in outcomes
+        if each.verdict != "accepted"
+    ]
+    for manner, translated in (("reaches", True), ("goes unchanged to", False)):
+        names = [
+            _named(each.destination, each.node)
+            for each in outcomes
+            if each.verdict == "accepted" and each.translated is translated
+        ]
+        more = [f"{len(names) - SHOWN_ENDPOINTS} more"] if len(names) > SHOWN_ENDPOINTS else []
+        if names:
+            texts.append(f"{manner} {' or '.join([*names[:SHOWN_ENDPOINTS], *more])}")
+    return ", or ".join(texts)
 
 
 def _return_path(trace: PacketTrace) -> Iterator[str]:
     reached = [each for each in trace.outcomes if each.verdict == "accepted" and each.translated]
+    reasons: dict[str, str] = {}
     for reply in trace.replies:
-        if reply.answer == "works":
-            continue
         last = reply.steps[-1] if reply.steps else None
         if reply.answer == "broken" and last is not None:
-            yield from _wrapped(f"Replies from {reply.endpoint}: {last.hook}: {_text(last)}", "  ", None)
-        for unknown in reply.unknowns[:SHOWN_UNKNOWNS]:
-            place = f"{_place(unknown.rule)}: {_quoted(unknown.rule)}: " if unknown.rule else ""
-            yield from _wrapped(f"Replies from {reply.endpoint}: unknown: {place}{unknown.reason}", "  ", None)
+            reasons.setdefault(f"{last.hook}: {_text(last)}", reply.endpoint)
+        for unknown in reply.unknowns:
+            reasons.setdefault(f"unknown: {unknown.hook}: {_reason(unknown)}", reply.endpoint)
+    for reason, endpoint in list(reasons.items())[:SHOWN_UNKNOWNS]:
+        yield from _wrapped(f"Replies from {endpoint}: {reason}", "", None)
     if not reached or trace.answer == "unknown":
         return
     masqueraded = {each.masqueraded for each in reached}

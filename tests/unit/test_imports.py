@@ -58,6 +58,7 @@ PURE = (
     *("app.family_contexts", "app.node_port_addresses", "diagnose.report"),
     *(f"diagnose.trace.{name}" for name in ("flow", "program", "iptables_save", "nft_text", "nft_values", "nft_rules")),
     *(f"diagnose.trace.{name}" for name in ("nft_syntax", "result", "walk", "dumps", "cluster_objects", "trace")),
+    "diagnose.trace.connections",
     *(
         "config.types",
         "config.conntrack_sysctls",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from kproxy.diagnose.trace.cluster_objects import ClusterAddresses
+from kproxy.diagnose.trace.connections import ConnectionEntry
 from kproxy.diagnose.trace.dumps import Dumps
 from kproxy.diagnose.trace.flow import Facts, Flow, Interface, number_of
-from kproxy.diagnose.trace.trace import PacketTrace, Question, trace
-from kproxy.model.addresses import family_of
+from kproxy.diagnose.trace.kernel import Routes, read_addresses, read_entries, read_recent_lists, read_rules
+from kproxy.diagnose.trace.trace import PacketTrace, Question, TraceConnection, trace
+from kproxy.model.addresses import family_of, socket_text
 from kproxy.model.types import Protocol
 
 
@@ -79,4 +82,52 @@ def _numbers(addresses: Iterable[str], packet: TracedPacket) -> frozenset[int]:
 
 def trace_kernel(packet: TracedPacket, objects: ClusterAddresses | None) -> PacketTrace:
     """Trace a packet through the rules of this node's kernel. Raises `KernelError`."""
-    raise NotImplementedError
+    family = family_of(packet.destination)
+    program = read_rules(family).program()
+    routes = Routes(family)
+    facts = Facts(
+        local_addresses=frozenset(map(number_of, read_addresses(family))),
+        complete=True,
+        recent={name: frozenset(map(number_of, addresses)) for name, addresses in read_recent_lists().items()},
+        recent_may_have_expired=True,
+        interface_to=routes.interface_to,
+    )
+    source, interface = number_of(packet.source), packet.interface
+    flow = flow_of(packet, Interface(interface))
+    if interface is None:
+        own = facts.is_local(flow, source)
+        flow = replace(flow, iif=Interface("" if own else routes.interface_to(source)))
+    question = question_of(packet, facts, objects or ClusterAddresses())
+    entries = read_entries(packet.protocol, packet.source, packet.destination, packet.port)
+    question = replace(
+        question,
+        interface_from_route=interface is None and bool(flow.iif.name),
+        connections=tuple(map(_connection, entries or ())),
+        notes=() if entries is not None else ("the connections in conntrack cannot be read: conntrack not found",),
+    )
+    known = next((each for each in entries or () if each.source_port == packet.source_port), None)
+    return trace(program, _continued(flow, known) if known else flow, question)
+
+
+def _connection(entry: ConnectionEntry) -> TraceConnection:
+    return TraceConnection(
+        client=socket_text(entry.source, entry.source_port),
+        endpoint=socket_text(entry.reply_source, entry.reply_source_port),
+        masqueraded=entry.reply_destination != entry.source,
+        state=entry.state,
+    )
+
+
+def _continued(flow: Flow, entry: ConnectionEntry) -> Flow:
+    """Return the next packet of a connection that exists: its entry decides about NAT, not the rules."""
+    translated = (entry.reply_source, entry.reply_source_port) != (entry.destination, entry.port)
+    endpoint = (number_of(entry.reply_source), entry.reply_source_port)
+    return replace(
+        flow,
+        entry="established" if entry.replied else "new",
+        restored=endpoint if translated else None,
+        dnat=socket_text(entry.reply_source, entry.reply_source_port) if translated else "",
+        snat=entry.reply_destination if entry.reply_destination != entry.source else "",
+        destination_settled=True,
+        source_settled=True,
+    )

@@ -19,6 +19,7 @@ from kproxy.diagnose.trace.program import Program
 from kproxy.model.types import Family
 
 Json: TypeAlias = Any
+_OWNERS = {"ip": "iptables", "ip6": "ip6tables"}
 _BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
 
 
@@ -95,7 +96,8 @@ class Dumps:
         hidden = {
             (family, table)
             for family, table in built_in
-            if (Family.IPV6 if family == "ip6" else Family.IPV4) in self._nft_variants and family in ("ip", "ip6")
+            if (Family.IPV6 if family == "ip6" else Family.IPV4) in self._nft_variants
+            and any(key[:2] == (_OWNERS.get(family), table) for key in self._iptables.chains)
         }
         for entry in self._nft:
             ((_, content),) = list(entry.items())[:1]

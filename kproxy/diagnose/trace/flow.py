@@ -91,8 +91,8 @@ class Flow(Struct, frozen=True, kw_only=True):
     tracking has seen the packet, as in the kernel; `entry` is the state that connection tracking will give it.
     `original` is the destination before DNAT, and `dnat` the one after it ("ip:port"), or "" without DNAT. `snat` is
     the new source ("masquerade" if it is the address of the output interface). A packet that is `redirected` has an
-    unknown address of the node as its destination; for a reply, `restored` is the destination that it gets back when
-    NAT is undone. `local` has the addresses that are assumed to be local, or not to be.
+    unknown address of the node as its destination. `restored` is the destination with its port that conntrack gives to
+    a packet of a known connection, such as a reply. `local` has the addresses that are assumed to be local, or not.
     """
 
     family: Family
@@ -114,7 +114,7 @@ class Flow(Struct, frozen=True, kw_only=True):
     destination_settled: bool = False
     source_settled: bool = False
     redirected: bool = False
-    restored: int | None = None
+    restored: tuple[int, int] | None = None
     affinity: bool = False
     local: frozenset[tuple[int, bool]] = frozenset()
 
@@ -138,7 +138,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     """What is known about the node besides its rules.
 
     `local_addresses` are addresses of the node, all of them if `complete`. `foreign_addresses` are known not to be the
-    node's. `recent` has the addresses in each list of `-m recent`, or is None if unknown. `interface_to` returns the
+    node's. `recent` has the addresses in each list of `-m recent`, or is None if unknown; if
+    entries may have expired, only a missing one is certain. `interface_to` returns the
     interface through which packets to an address leave, or None if unknown.
     """
 
@@ -146,6 +147,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     complete: bool = False
     foreign_addresses: frozenset[int] = frozenset()
     recent: Mapping[str, frozenset[int]] | None = None
+    recent_may_have_expired: bool = False
     interface_to: Callable[[int], str | None] = lambda _: None
 
     def is_local(self, flow: Flow, address: int) -> Truth:

@@ -518,7 +518,8 @@ def _recent(options: _Options) -> list[Check | Action]:
     def test(flow: Flow, facts: Facts) -> Truth:
         if facts.recent is None or not exact or options.has("--hitcount") or options.has("--rttl"):
             return None
-        return flow.source in facts.recent.get(name, ())
+        found = flow.source in facts.recent.get(name, ())
+        return None if found and facts.recent_may_have_expired and options.has("--seconds") else found
 
     negated = any(each.negated for each in options.options if each.name in ("--rcheck", "--update"))
     return [Check(_negated(test) if negated else test, text)]

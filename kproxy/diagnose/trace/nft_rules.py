@@ -41,11 +41,12 @@ _NOTHING = {"counter", "log", "comment", "last", "flow", "dup", "ct helper", "ct
 def read_nft(objects: Iterable[Json]) -> Program:
     """Return the program of a ruleset. Tables of the families arp and bridge become notes.
 
-    A table that iptables-nft manages is read too; `without_iptables_tables` removes it if iptables-save shows it.
+    The kernel does not run the chains of a dormant table.
     """
     program = Program()
     everything = list(objects)
     sets = _sets(everything)
+    dormant: set[tuple[str, str]] = set()
     for named in sets.values():
         for found in named.values():
             program.endpoints.update(_endpoints(found.get("elem", [])))
@@ -53,12 +54,15 @@ def read_nft(objects: Iterable[Json]) -> Program:
         if "table" in entry and entry["table"]["family"] not in _TRACED_FAMILIES:
             table = entry["table"]
             program.notes.append(f"table {table['family']} {table['name']} is not evaluated")
+        elif "table" in entry and "dormant" in (entry["table"].get("flags") or ()):
+            dormant.add((entry["table"]["family"], entry["table"]["name"]))
         elif "chain" in entry and entry["chain"]["family"] in _TRACED_FAMILIES:
             _add_chain(program, entry["chain"])
         elif "rule" in entry and entry["rule"]["family"] in _TRACED_FAMILIES:
             rule = entry["rule"]
             program.endpoints.update(_endpoints(rule["expr"]))
             _add_rule(program, rule, sets.get((rule["family"], rule["table"]), {}))
+    program.bases = [base for base in program.bases if base.key[:2] not in dormant]
     return program
 
 

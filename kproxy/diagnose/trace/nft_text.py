@@ -57,8 +57,9 @@ def read_nft_text(text: str) -> list[Json]:
         words = _words(line.text)
         if words[:1] == ["table"]:
             family, name = (words[1], words[2]) if len(words) > 3 else ("ip", words[1])
-            objects.append({"table": {"family": family, "name": name, "handle": line.handle, "managed": managed}})
-            objects.extend(_table(family, name, lines))
+            table = {"family": family, "name": name, "handle": line.handle, "managed": managed}
+            objects.append({"table": table})
+            objects.extend(_table(table, lines))
         managed = False
     return objects
 
@@ -89,14 +90,16 @@ def _words(line: str) -> list[str]:
     return _TOKEN.findall(line)
 
 
-def _table(family: str, table: str, lines: Iterator[_NftLine]) -> Iterator[Json]:
+def _table(table: dict[str, Json], lines: Iterator[_NftLine]) -> Iterator[Json]:
     for line in lines:
         if line.text == "}":
             return
         words = _words(line.text)
+        if words[0] == "flags":
+            table["flags"] = words[1:]
         if words[0] not in _BLOCKS or words[-1] != "{":
             continue
-        place = {"family": family, "table": table}
+        place = {"family": table["family"], "table": table["name"]}
         name = words[-2]
         if words[0] == "chain":
             yield from _chain(place, name, line.handle, lines)

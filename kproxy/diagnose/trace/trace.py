@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from kproxy.diagnose.report import Report, ReportPart
 from kproxy.diagnose.trace.flow import Facts, Flow, Interface, number_of, socket_text
@@ -106,6 +105,8 @@ class TraceConnection(ReportPart, frozen=True, kw_only=True):
 class PacketTrace(Report, frozen=True, kw_only=True):
     """The way of a packet through all tables of a node.
 
+    `interface` is "" if the node itself sends the packet, null if unknown; `interfaceFromRoute` means that it is the
+    one to which the route back to the source leads.
     `outcomes` have the probabilities that are certain; the rest up to 1 is `unknownProbability`, and it can be any of
     `possible`, depending on `unknowns`. `paths` are all ways that lead to different outcomes.
     """
@@ -114,6 +115,7 @@ class PacketTrace(Report, frozen=True, kw_only=True):
     destination: str
     protocol: str
     interface: str | None
+    interface_from_route: bool = False
     answer: Literal["works", "broken", "unknown"]
     summary: str
     service: str = ""
@@ -138,7 +140,7 @@ class Question(Struct, frozen=True):
     nodes: Mapping[str, str] = {}
     reachable: frozenset[str] = frozenset()
     source_name: str = ""
-    destination_name: str = ""
+    interface_from_route: bool = False
     connections: tuple[TraceConnection, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -170,9 +172,10 @@ class _Builder:
         self._question = question
         self._common = {
             "source": question.source_name,
-            "destination": question.destination_name or socket_text(flow.family, flow.destination, flow.port),
+            "destination": socket_text(flow.family, flow.destination, flow.port),
             "protocol": flow.protocol,
             "interface": flow.iif.name,
+            "interface_from_route": question.interface_from_route,
             "connections": question.connections,
             "notes": (*program.notes, *question.notes),
         }
@@ -285,20 +288,18 @@ class _Builder:
             source=source,
             source_port=int(port),
             destination=flow.source,
-            port=flow.source_port or 0,
+            port=flow.source_port or -1,
             iif=iif,
             entry="established",
             reply=True,
             redirected=bool(outcome.masqueraded) and not outcome.delivered,
-            restored=flow.source if outcome.masqueraded and not outcome.delivered else None,
+            restored=(flow.source, flow.source_port or -1) if outcome.masqueraded and not outcome.delivered else None,
             dnat="",
             snat="",
             original=flow.original,
             destination_settled=True,
             source_settled=True,
         )
-        if flow.source_port is None:
-            start = replace(start, port=-1)
         try:
             found = walk(self._program, facts, start, max_paths=16)
         except TooManyWaysError:

@@ -563,7 +563,8 @@ def _tracked(flow: Flow, phase: Phase, priority: int) -> Flow:
     if flow.state == "invalid" and phase in ("prerouting", "output") and priority > CONNTRACK_PRIORITY:
         flow = replace(flow, state=flow.entry)
     if flow.restored is not None and phase in ("prerouting", "output") and priority >= _NAT_PRIORITIES["prerouting"]:
-        flow = replace(flow, destination=flow.restored, restored=None, redirected=False)
+        address, port = flow.restored
+        flow = replace(flow, destination=address, port=port, restored=None, redirected=False)
     return flow
 
 

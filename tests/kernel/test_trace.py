@@ -1,0 +1,181 @@
+"""`kproxy trace` on a node agrees with the packets that it really sends, also through tables of other programs."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.client import Answered, Outcome, Refused, TimedOut, open_connection, send_request
+from tests.lab.modes import BOTH_MODES, mode_flag
+from tests.lab.namespace import Namespace
+from tests.lab.servers import Servers
+from tests.lab.topology import Host, Lab
+from tests.lab.web_service import CLUSTER_IPS, EXTERNAL_IPS, NODE_PORT, WebService
+
+VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
+TRIES = 24
+"""Enough connections to reach both of two endpoints: the chance of missing one is below 1 in 10 million."""
+SILENCE = 0.5
+
+NFT_FIREWALL = """
+table inet site {
+	map verdicts {
+		type inet_proto . inet_service : verdict
+		flags interval
+		elements = { tcp . 8080-8090 : jump web }
+	}
+	chain web {
+		ip daddr 10.244.1.2 drop comment "not to this pod"
+		ip6 daddr fd00:10:244:1::2 drop
+		meta mark & 0x00000f00 == 0x00000100 drop
+		ip saddr 198.51.100.0/24 reject with icmp admin-prohibited
+		ip6 saddr 2001:db8:51::/64 reject with icmpv6 admin-prohibited
+	}
+	chain forward {
+		type filter hook forward priority filter + 10; policy accept;
+		ct state vmap { established : accept, related : accept }
+		meta l4proto . th dport vmap @verdicts
+	}
+	chain output {
+		type filter hook output priority filter + 10; policy accept;
+		ct status dnat meta mark set meta mark | 0x00000100
+	}
+}
+"""
+IPTABLES_FIREWALL = """
+*filter
+:FORWARD DROP [0:0]
+:SITE - [0:0]
+-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -j SITE
+-A SITE -p tcp -m multiport --dports 8080,8443 -m conntrack --ctstate DNAT -g SITE-ACCEPT
+-A SITE -j REJECT
+:SITE-ACCEPT - [0:0]
+-A SITE-ACCEPT -m iprange {dst} -j DROP
+-A SITE-ACCEPT -i eth0 -j RETURN
+-A SITE-ACCEPT -j ACCEPT
+COMMIT
+"""
+
+
+@pytest.fixture
+def web(lab: Lab, servers: Servers, tmp_path: Path) -> WebService:
+    folder = tmp_path / "objects"
+    folder.mkdir()
+    return WebService(lab, servers, folder, "TCP")
+
+
+def trace(node: Namespace, *flags: str) -> dict[str, Any]:
+    done = node.run([sys.executable, "-m", "kproxy", "trace", "-o", "json", *flags], check=False)
+    assert done.returncode in (0, 1, 3), done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert {0: "works", 1: "broken", 3: "unknown"}[done.returncode] == found["answer"]
+    return found
+
+
+def to(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def predicted(found: dict[str, Any], pods: dict[str, Host]) -> set[str]:
+    """Return what the trace says about the outcomes of connections."""
+    assert found["unknowns"] == []
+    assert found["unknownProbability"] == 0
+    outcomes = set()
+    for outcome in found["outcomes"]:
+        assert outcome["verdict"] in ("accepted", "dropped", "rejected")
+        if outcome["verdict"] == "accepted":
+            outcomes.add(f"{pods[outcome['destination']].name}{' masqueraded' if outcome['masqueraded'] else ''}")
+        else:
+            outcomes.add(outcome["verdict"])
+    return outcomes
+
+
+def observed(origin: Host, address: str, port: int) -> set[str]:
+    """Return the outcomes of real connections."""
+    results: set[Outcome] = set()
+    for _ in range(TRIES):
+        results.add(send_request(origin, address, port, timeout=SILENCE))
+    names = set()
+    for each in results:
+        if isinstance(each, Answered):
+            names.add(f"{each.pod}{'' if each.source in origin.addresses else ' masqueraded'}")
+        else:
+            names.add(
+                "dropped" if isinstance(each, TimedOut) else "rejected" if isinstance(each, Refused) else str(each)
+            )
+    return {
+        "rejected" if "prohibited" in name or "unreachable" in name or "No route" in name else name for name in names
+    }
+
+
+@BOTH_MODES
+@VERSIONS
+@pytest.mark.parametrize("firewall", ["none", "nft", "iptables"])
+def test_prediction_is_what_happens(web: WebService, version: int, mode: str, firewall: str) -> None:
+    pods = [web.pod(1), web.pod(2)]
+    node = web.node.namespace
+    node.run(["nft", "-f", "-"], NFT_FIREWALL if firewall == "nft" else "")
+    if firewall == "iptables":
+        ranges = {4: "--dst-range 10.244.1.2-10.244.1.9", 6: "--dst-range fd00:10:244:1::2-fd00:10:244:1::9"}
+        program = "ip6tables-restore" if version == 6 else "iptables-restore"
+        chains_first = IPTABLES_FIREWALL.replace(":SITE-ACCEPT - [0:0]\n", "").replace(
+            ":SITE - [0:0]\n", ":SITE - [0:0]\n:SITE-ACCEPT - [0:0]\n"
+        )
+        node.run([program], chains_first.format(dst=ranges[version]))
+    service = web.service("web", *CLUSTER_IPS.values(), type="NodePort", externalIPs=[*EXTERNAL_IPS.values()])
+    web.apply([service, *web.slices("web", pods)], mode_flag(mode))
+    by_socket = {to(pod.address(version), 8080): pod for pod in pods}
+    own = web.node.address(version)
+    frontends = [(CLUSTER_IPS[version], 80), (CLUSTER_IPS[version], 81), (EXTERNAL_IPS[version], 80), (own, NODE_PORT)]
+    for origin in (web.client, web.outsider, web.node):
+        for address, port in frontends:
+            if port == 81 and mode == "iptables":
+                continue  # leaves for a router that answers by itself
+            source = own if origin is web.node else origin.address(version)
+            found = trace(node, f"--from={source}", f"--to={to(address, port)}")
+            case = (origin.name, address, port, found["summary"])
+            actual = {name.replace(" masqueraded", "") for name in observed(origin, address, port)}
+            assert {name.replace(" masqueraded", "") for name in predicted(found, by_socket)} == actual, case
+            if origin is not web.node:
+                assert predicted(found, by_socket) == observed(origin, address, port), case
+
+
+def test_connection_that_exists_is_decided_by_conntrack(web: WebService) -> None:
+    pods = [web.pod(1), web.pod(2)]
+    node = web.node.namespace
+    web.apply([web.service("web", *CLUSTER_IPS.values()), *web.slices("web", pods)])
+    client = web.client.address()
+    with open_connection(web.client, CLUSTER_IPS[4], 80, source_port=45678) as connection:
+        assert isinstance(connection, socket.socket)
+        deadline = time.monotonic() + 10
+        found = trace(node, f"--from={client}:45678", f"--to={CLUSTER_IPS[4]}:80")
+        while not found["connections"] and time.monotonic() < deadline:
+            found = trace(node, f"--from={client}:45678", f"--to={CLUSTER_IPS[4]}:80")
+        (entry,) = found["connections"]
+        (outcome,) = found["outcomes"]
+        assert outcome["destination"] == entry["endpoint"]
+        new = trace(node, f"--from={client}", f"--to={CLUSTER_IPS[4]}:80")
+        assert len(new["outcomes"]) == 2
+        assert new["connections"] == [entry]
+
+
+def test_without_root_the_answer_is_unknown() -> None:
+    import subprocess
+
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", sys.executable, "-m", "kproxy",
+         "trace", "--from=10.244.1.5", "--to=10.96.0.80:80"],  # fmt: skip
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 3
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "root" in line
+    assert "--dump=FILE" in line
