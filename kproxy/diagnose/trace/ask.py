@@ -10,8 +10,15 @@ from msgspec.structs import replace
 from kproxy.diagnose.trace.cluster_objects import ClusterAddresses
 from kproxy.diagnose.trace.connections import ConnectionEntry
 from kproxy.diagnose.trace.dumps import Dumps
-from kproxy.diagnose.trace.flow import Facts, Flow, Interface, number_of
-from kproxy.diagnose.trace.kernel import Routes, read_addresses, read_entries, read_recent_lists, read_rules
+from kproxy.diagnose.trace.flow import Facts, Flow, Interface, address_text, number_of
+from kproxy.diagnose.trace.kernel import (
+    Routes,
+    forwards,
+    read_addresses,
+    read_entries,
+    read_recent_lists,
+    read_rules,
+)
 from kproxy.diagnose.trace.trace import PacketTrace, Question, TraceConnection, trace
 from kproxy.model.addresses import family_of, socket_text
 from kproxy.model.types import Protocol
@@ -106,7 +113,11 @@ def trace_kernel(packet: TracedPacket, objects: ClusterAddresses | None) -> Pack
         notes=() if entries is not None else ("the connections in conntrack cannot be read: conntrack not found",),
     )
     known = next((each for each in entries or () if each.source_port == packet.source_port), None)
-    return trace(program, _continued(flow, known) if known else flow, question)
+    report = trace(program, _continued(flow, known) if known else flow, question)
+    notes = [f"this node has no route to {address_text(family, address)}" for address in routes.missing()]
+    if not forwards(family):
+        notes.append(f"this node does not forward {family.value} packets (sysctl)")
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def _connection(entry: ConnectionEntry) -> TraceConnection:

@@ -119,6 +119,10 @@ class Routes:
             self._known[address] = self._look_up(address)
         return self._known[address]
 
+    def missing(self) -> list[int]:
+        """Return the addresses that were looked up and have no route."""
+        return [address for address, interface in self._known.items() if interface is None]
+
     def _has_only_usual_rules(self) -> bool:
         header = _RTMSG.pack(_ADDRESS_FAMILIES[self._family], 0, 0, 0, 0, 0, 0, 0, 0)
         try:
@@ -141,6 +145,15 @@ class Routes:
             return socket.if_indextoname(index) if index else None
         except (OSError, NetlinkError):
             return None
+
+
+def forwards(family: Family) -> bool:
+    """Return whether this node forwards packets at all. An unreadable setting counts as yes."""
+    name = "ipv6/conf/all/forwarding" if family is Family.IPV6 else "ipv4/ip_forward"
+    try:
+        return Path("/proc/sys/net", name).read_text().strip() != "0"
+    except OSError:
+        return True
 
 
 def read_recent_lists() -> dict[str, frozenset[str]]:

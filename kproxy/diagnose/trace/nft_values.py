@@ -46,6 +46,8 @@ _PORTS = {
     "dhcpv6-server": 547, "mdns": 5353, "smtp": 25, "telnet": 23, "ftp": 21, "snmp": 161, "syslog": 514, "nfs": 2049,
     "sunrpc": 111, "kubernetes": 6443,
 }  # fmt: skip
+_INERT_PROPERTIES = {"val", "comment", "timeout", "expires", "counter"}
+"""The properties of an element that do not restrict when it matches. Others are statements, such as a limit."""
 _TRANSPORT = {"tcp": 6, "udp": 17, "sctp": 132}
 _OTHER_TRANSPORT = {"dccp", "udplite", "icmp", "icmpv6", "ah", "esp", "comp", "gre", "igmp", "arp", "vxlan", "geneve"}
 
@@ -252,6 +254,8 @@ def compare(value: Value, operator: str, right: Json, sets: Sets) -> Truth:
 
 def _ordered(value: Value, operator: str, right: Json) -> Truth:
     constant = _number(right, value)
+    if isinstance(value, Bits) and value.known == ALL_BITS:
+        value = value.value
     if constant is None or not isinstance(value, int):
         return None
     return {"<": value < constant, ">": value > constant, "<=": value <= constant, ">=": value >= constant}[operator]
@@ -264,7 +268,7 @@ def contains(right: Json, value: Value, sets: Sets, *, exact: bool = False) -> T
         return _any(contains(each, value, sets) for each in elements)
     if isinstance(right, dict) and "elem" in right:
         found = contains(right["elem"]["val"], value, sets)
-        return None if found and right["elem"].get("limited") else found
+        return None if found and right["elem"].keys() - _INERT_PROPERTIES else found
     if isinstance(right, dict) and "concat" in right:
         return _concatenation(right["concat"], value, sets)
     if isinstance(value, tuple) or value is Special.UNKNOWN or (isinstance(right, str) and right.startswith("@")):
