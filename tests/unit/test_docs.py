@@ -139,7 +139,7 @@ def test_flags_in_prose_exist(page: Path) -> None:
     matches = {_FLAG.match(span) for span in read(page).spans}
     flags = {match[1] for match in matches if match}
     ours = {flag for flag in flags if not flag.startswith("--e2e-")}
-    assert ours - flags_of("run") - set(OTHER_PROGRAMS_FLAGS) == set()
+    assert ours - flags_of("run") - flags_of("trace") - set(OTHER_PROGRAMS_FLAGS) == set()
     assert {flag for flag in flags - ours if f'"{flag}"' not in E2E_OPTIONS.read_text()} == set()
 
 
@@ -255,7 +255,7 @@ def test_documented_iptables_rules_match_kproxy(tmp_path: Path) -> None:
 
 def test_documented_nftables_elements_match_kproxy(tmp_path: Path) -> None:
     table = rendered(tmp_path, "nftables")
-    lines = [line for line in read(TROUBLESHOOTING).blocks if re.match(r"\s+(elements = \{|\d)", line)]
+    lines = [line for line in read(TROUBLESHOOTING).blocks if re.match(r"\s+(elements = \{|\d\S*[.:]\S)", line)]
     documented = [line.replace("elements = {", "").strip(" \t{},") for line in lines]
     assert [element for element in documented if element not in table] == []
     assert len(documented) > 4
