@@ -113,6 +113,7 @@ def _trace(options: argparse.Namespace) -> int:
 
     from kproxy.cli.trace_text import trace_lines
     from kproxy.diagnose.trace.ask import TracedPacket, trace_dumps, trace_kernel
+    from kproxy.diagnose.trace.dumps import DumpError
     from kproxy.diagnose.trace.kernel import KernelError
 
     packet = TracedPacket(
@@ -124,13 +125,15 @@ def _trace(options: argparse.Namespace) -> int:
         protocol=target.protocol,
         interface=options.in_interface,
     )
-    if dumps is not None:
-        report = trace_dumps(packet, dumps, addresses, objects, options.node or "")
-    else:
-        try:
+    try:
+        if dumps is not None:
+            report = trace_dumps(packet, dumps, addresses, objects, options.node or "")
+        else:
             report = trace_kernel(packet, objects)
-        except KernelError as error:
-            raise CannotTellError(str(error)) from None
+    except DumpError as error:
+        raise UsageError(f"--dump: {error}") from None
+    except KernelError as error:
+        raise CannotTellError(str(error)) from None
     show_report(report, options.output, lambda style: trace_lines(report, style))
     return {"works": ExitCode.WORKS, "broken": ExitCode.BROKEN, "unknown": ExitCode.UNKNOWN}[report.answer]
 

@@ -110,23 +110,23 @@ def _events(trace: PacketTrace, style: Style) -> Iterator[tuple[str, str, Paint]
 
 def _merged(paths: tuple[TracePath, ...]) -> list[tuple[TraceStep, list[TracePath]]]:
     """Merge the steps of all ways into one list, in an order that fits each of them."""
-    merged: list[tuple[TraceStep, list[TracePath]]] = []
-    index: dict[object, int] = {}
-    for path in paths:
+    order: list[object] = []
+    steps: dict[object, TraceStep] = {}
+    users: dict[object, dict[int, None]] = {}
+    for number, path in enumerate(paths):
         at = -1
         for step in path.steps:
             if step.effect in _SILENT and not step.service:
                 continue
-            key = (step.hook, step.effect, step.rule, step.service) if step.effect != "dnat" else (step.hook, "dnat")
-            known = index.get(key)
-            if known is None:
-                at += 1
-                merged.insert(at, (step, [path]))
-                index = {(_key(each)): place for place, (each, _) in enumerate(merged)}
+            key = _key(step)
+            if key in steps:
+                at = max(at, order.index(key))
             else:
-                at = max(at, known)
-                if path not in merged[known][1]:
-                    merged[known][1].append(path)
+                at += 1
+                order.insert(at, key)
+                steps[key] = step
+            users.setdefault(key, {})[number] = None
+    merged = [(steps[key], [paths[number] for number in users[key]]) for key in order]
     return sorted(merged, key=lambda each: _HOOKS.index(each[0].hook))
 
 
@@ -192,18 +192,16 @@ def _only(paths: list[TracePath], every: tuple[TracePath, ...]) -> str:
 
 def _endpoints(trace: PacketTrace) -> str:
     shares: dict[tuple[str, str], float] = {}
-    for path in trace.paths:
-        outcome = path.outcome
-        if outcome.translated and (not path.conditions or path.conditions == trace.paths[0].conditions):
+    for outcome in trace.outcomes:
+        if outcome.translated:
             key = (outcome.destination, outcome.node)
-            shares[key] = shares.get(key, 0.0) + path.probability
-    unsure = any(path.conditions for path in trace.paths)
-    if unsure and trace.possible:
-        names = dict.fromkeys(
-            (each.destination, each.node) for each in (*trace.outcomes, *trace.possible) if each.translated
-        )
-        if len(names) > 1:
-            return "DNAT to one of " + ", ".join(_named(*each) for each in list(names)[:SHOWN_ENDPOINTS])
+            shares[key] = shares.get(key, 0.0) + outcome.probability
+    if trace.unknown_probability:
+        every = (*trace.outcomes, *trace.possible)
+        names = dict.fromkeys((each.destination, each.node) for each in every if each.translated)
+        more = [f"{len(names) - SHOWN_ENDPOINTS} more endpoints"] if len(names) > SHOWN_ENDPOINTS else []
+        shown = [_named(*each) for each in list(names)[:SHOWN_ENDPOINTS]] + more
+        return f"DNAT to {'one of ' if len(names) > 1 else ''}{', '.join(shown)}"
     shown = [f"{percent(share)}{_GLUE}{_named(*key)}" for key, share in list(shares.items())[:SHOWN_ENDPOINTS]]
     more = [f"and {len(shares) - SHOWN_ENDPOINTS} more endpoints"] if len(shares) > SHOWN_ENDPOINTS else []
     return "DNAT to " + ", ".join([*shown, *more])

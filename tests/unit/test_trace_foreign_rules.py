@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -153,6 +154,30 @@ def test_nft_alone_shows_iptables_rules_incompletely() -> None:
     found = trace_dumps(packet, dumps, [NODE], OBJECTS, "node-1")
     assert found.answer == "unknown"
     assert any("add a dump of iptables-save" in note for note in found.notes)
+
+
+def damaged(text: str, random: Random) -> str:
+    words = text.split(" ")
+    for _ in range(random.randint(1, 20)):
+        place = random.randrange(len(words))
+        words[place : place + random.randint(0, 1)] = [random.choice(words)] * random.randint(0, 1)
+    return " ".join(words)
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("*.*") if path.suffix != ".md"))
+def test_damaged_dumps_are_an_error_or_leave_a_sound_answer(file: str) -> None:
+    random, text = Random(file), (FOLDER / file).read_text()
+    for _ in range(25):
+        dumps = Dumps()
+        interface = random.choice((None, "eth0"))
+        packet = TracedPacket(source=POD, destination=SERVICE, port=80, protocol="TCP", interface=interface)
+        try:
+            dumps.add(damaged(text, random), file)
+            found = trace_dumps(packet, dumps, [NODE], OBJECTS, "node-1")
+        except DumpError:
+            continue
+        total = sum(outcome.probability for outcome in found.outcomes) + found.unknown_probability
+        assert total == pytest.approx(1, abs=1e-4) or "too many rules" in found.summary
 
 
 @pytest.mark.parametrize("text", ["hello\n", '{"a": 1}', "*filter"])

@@ -19,6 +19,8 @@ from kproxy.diagnose.trace.program import Program
 from kproxy.model.types import Family
 
 Json: TypeAlias = Any
+_DAMAGED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+"""The errors while reading objects that are not complete."""
 _OWNERS = {"ip": "iptables", "ip6": "ip6tables"}
 _BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
 
@@ -46,7 +48,10 @@ class Dumps:
         elif is_iptables_save(text):
             self._add_iptables(text, name, family)
         elif is_nft_text(text):
-            self._nft.extend(read_nft_text(text))
+            try:
+                self._nft.extend(read_nft_text(text))
+            except _DAMAGED as error:
+                raise DumpError(f"{name}: not the complete output of `nft list ruleset`: {error}") from None
         elif stripped:
             raise DumpError(
                 f"{name}: neither the output of iptables-save nor of `nft list ruleset`: it begins with "
@@ -72,15 +77,18 @@ class Dumps:
             self._iptables.add(read_iptables_save(part, found))
 
     def program(self) -> Program:
-        """Return the program of all dumps.
+        """Return the program of all dumps. Raises `DumpError` if one of them is damaged.
 
         `nft list ruleset` also shows the tables of iptables-nft. If they are in a dump of iptables-save too, that dump
         is used, because nft cannot show all of iptables' matches.
         """
         program = Program()
         program.add(self._iptables)
-        remaining = list(self._without_duplicates())
-        program.add(read_nft(remaining))
+        try:
+            remaining = list(self._without_duplicates())
+            program.add(read_nft(remaining))
+        except _DAMAGED as error:
+            raise DumpError(f"the output of `nft list ruleset` has an unexpected form: {error!r}") from None
         if any("xt" in statement for entry in remaining for statement in entry.get("rule", {}).get("expr", ())):
             program.notes.append(
                 "nft shows the matches and targets of iptables without their options: add a dump of iptables-save"

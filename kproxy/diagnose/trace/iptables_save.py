@@ -167,7 +167,11 @@ def _add_rule(program: Program, key: ChainKey, text: str, family: Family) -> Non
     source = RuleSource(owner, table, chain, f"-A {chain} {text}", options.value("--comment"), number=len(rules) + 1)
     if endpoint := options.value("--to-destination"):
         program.endpoints.add(endpoint)
-    rules.append(Rule(source, (*_checks(options, family), *_actions(options, family))))
+    try:
+        statements = (*_checks(options, family), *_actions(options, family))
+    except ValueError:
+        statements = (unknown_action(text),)
+    rules.append(Rule(source, statements))
 
 
 def _parse(text: str) -> _Options:

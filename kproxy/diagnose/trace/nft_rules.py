@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from ipaddress import ip_address
 from typing import Any, TypeAlias
 
@@ -33,6 +33,8 @@ from kproxy.model.types import Family
 Json: TypeAlias = Any
 _PRIORITY_NAMES = {"raw": -300, "mangle": -150, "dstnat": -100, "filter": 0, "security": 50, "srcnat": 100, "out": 100}
 _TRACED_FAMILIES = ("ip", "ip6", "inet", "netdev")
+_UNEXPECTED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
+"""The errors in expressions that do not have the expected form. Such expressions cannot be evaluated."""
 _VERDICTS = ("accept", "drop", "return", "continue")
 _NOTHING = {"counter", "log", "comment", "last", "flow", "dup", "ct helper", "ct timeout", "ct expectation", "secmark"}
 """The statements that neither change what later rules see nor decide about the packet."""
@@ -134,7 +136,10 @@ def _add_rule(program: Program, rule: Json, sets: Sets) -> None:
     statements: list[Check | Action] = []
     for position, statement in enumerate(rule["expr"]):
         later = rule["expr"][position + 1 :]
-        statements.extend(_statement(statement, sets, has_verdict=bool(later)))
+        try:
+            statements.extend(_statement(statement, sets, has_verdict=bool(later)))
+        except _UNEXPECTED:
+            statements.append(unknown_action(text))
     rules.append(Rule(source, tuple(statements)))
 
 
@@ -187,26 +192,24 @@ def _match(content: Json, sets: Sets) -> Check:
         fib = left.get("fib")
         if fib and fib["result"] == "type" and right == "local" and _only_address(fib["flags"]):
             return local_check(text, of_source="saddr" in fib["flags"], negated=negated)
-    if isinstance(left, dict) and "ct" in left and left["ct"]["key"] in ("state", "status"):
-        return Check(_flags_test(left, operator, right, sets), text)
     if isinstance(left, dict) and "numgen" in left:
         return Check(never_known, text)
 
-    def test(flow: Flow, facts: Facts) -> Truth:
-        return compare(evaluate(left, flow, facts), operator, right, sets)
-
-    return Check(test, text)
+    return Check(_comparison(left, operator, right, sets), text)
 
 
 def _only_address(flags: Json) -> bool:
     return flags in ("saddr", "daddr", ["saddr"], ["daddr"])
 
 
-def _flags_test(left: Json, operator: str, right: Json, sets: Sets) -> Any:
-    """Return the test of a match on a set of flags: it matches if one of the listed flags is set."""
+def _comparison(left: Json, operator: str, right: Json, sets: Sets) -> Callable[[Flow, Facts], Truth]:
+    """Return the test of a comparison. A comparison in an unexpected form is unknown."""
 
     def test(flow: Flow, facts: Facts) -> Truth:
-        return compare(evaluate(left, flow, facts), operator, right, sets)
+        try:
+            return compare(evaluate(left, flow, facts), operator, right, sets)
+        except _UNEXPECTED:
+            return None
 
     return test
 
@@ -237,7 +240,7 @@ def _vmap(content: Json, sets: Sets) -> Action:
 
     def run(flow: Flow, facts: Facts) -> tuple[Way, ...]:
         ways = []
-        every = look_up(evaluate(key, flow, facts), data, sets)
+        every = _look_up(key, data, flow, facts, sets)
         for found in every:
             after = _assume_key(flow, key, found, every)
             if found.data is None:
@@ -247,6 +250,14 @@ def _vmap(content: Json, sets: Sets) -> Action:
         return tuple(ways)
 
     return Action(run, reason, changes=False)
+
+
+def _look_up(key: Json, data: Json, flow: Flow, facts: Facts, sets: Sets) -> list[Found]:
+    """Return the possible results of a lookup. One in an unexpected form can have any result."""
+    try:
+        return look_up(evaluate(key, flow, facts), data, sets)
+    except _UNEXPECTED:
+        return [Found(None, None), Found({"unknown": None}, None)]
 
 
 def _assume_key(flow: Flow, key: Json, found: Found, every: list[Found]) -> Flow:
@@ -266,6 +277,8 @@ def _assume_key(flow: Flow, key: Json, found: Found, every: list[Found]) -> Flow
 
 
 def _verdict(data: Json) -> Decision:
+    if not isinstance(data, dict):
+        return Decision("unknown", detail=f"verdict {data}")
     ((kind, content),) = list(data.items())[:1]
     if kind in ("jump", "goto"):
         return Decision(kind, content["target"])
@@ -357,25 +370,23 @@ def _targets(address: Json, port: Json, flow: Flow, facts: Facts, sets: Sets) ->
     """Return the possible targets: an address, or an address and a port, as data of a map's element."""
     if isinstance(address, dict) and "map" in address:
         mapping = address["map"]
-        return look_up(evaluate(mapping["key"], flow, facts), mapping["data"], sets)
+        return _look_up(mapping["key"], mapping["data"], flow, facts, sets)
     del port
     return [Found(address if address is not None else {"same": None})]
 
 
 def _target(data: Json, port: Json, flow: Flow) -> tuple[int, int] | None:
-    number = port if isinstance(port, int) else None
-    if port is not None and number is None:
+    """Return the address and port of a target, or None if they are not known."""
+    if port is not None and not isinstance(port, int):
         return None
-    if isinstance(data, dict) and "concat" in data:
-        data, number = data["concat"]
-        number = number if isinstance(number, int) else None
-        if number is None:
-            return None
     if isinstance(data, dict) and "same" in data:
-        return (flow.destination, number) if number else None
+        return (flow.destination, port) if port else None
     try:
-        return int(ip_address(data)), number or flow.port
-    except ValueError:
+        if isinstance(data, dict):
+            address, port = data["concat"]
+            return int(ip_address(address)), int(port)
+        return int(ip_address(data)), port or flow.port
+    except _UNEXPECTED:
         return None
 
 

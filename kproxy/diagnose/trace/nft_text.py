@@ -116,7 +116,7 @@ def _set(place: dict[str, str], kind: str, name: str, handle: int, lines: Iterat
         if tokens.accept("elements", "="):
             try:
                 found["elem"] = tokens.elements(values=kind == "map")
-            except _SyntaxError:
+            except (ValueError, IndexError):
                 found["elem"], found["unparsed"] = [], line.text
         elif tokens.accept("flags"):
             found["flags"] = [token for token in tokens.rest() if token not in (",", ";")]
@@ -217,7 +217,7 @@ class _Tokens:
             start = self._index
             try:
                 found.append(self.statement())
-            except _SyntaxError:
+            except (ValueError, IndexError):
                 self._index = start
                 comment = self._unparsed(found)
                 return found, comment

@@ -221,9 +221,10 @@ def flag_number(constant: Json) -> int | None:
     if isinstance(constant, str):
         return _FLAGS[constant] if constant in _FLAGS else _integer(constant)
     parts = constant if isinstance(constant, list) else constant.get("|") if isinstance(constant, dict) else None
-    numbers = [flag_number(part) for part in parts or (None,)]
+    if not parts:
+        return None
     total = 0
-    for number in numbers:
+    for number in map(flag_number, parts):
         if number is None:
             return None
         total |= number

@@ -132,7 +132,7 @@ class TooManyWaysError(Exception):
     """So many rules cannot be evaluated that following all ways is pointless."""
 
 
-def walk(program: Program, facts: Facts, flow: Flow, *, max_paths: int = 2000) -> Walk:
+def walk(program: Program, facts: Facts, flow: Flow, *, max_paths: int = 256) -> Walk:
     """Follow a packet. It begins at the first hook: `output` if its input interface is "", otherwise `prerouting`.
 
     Raises `TooManyWaysError`.
