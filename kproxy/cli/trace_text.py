@@ -171,7 +171,7 @@ def _place(rule: TracedRule | None) -> str:
 
 def _quoted(rule: TracedRule) -> str:
     text = rule.text
-    if rule.family in ("iptables", "ip6tables"):
+    if rule.family.startswith(("iptables", "ip6tables")):
         text = _COMMENT.sub("", text.removeprefix(f"-A {rule.chain} ")).strip()
     return f"`{text if len(text) <= 160 else text[:157] + '...'}`"
 

@@ -154,6 +154,17 @@ def test_prediction_is_what_happens(web: WebService, version: int, mode: str, fi
             assert actual == expected, (origin.name, address, port, found.summary)
 
 
+def test_both_variants_of_iptables_are_read(namespace: Namespace, variant: str) -> None:
+    namespace.run(["ip", "link", "set", "lo", "up"])
+    namespace.run([f"iptables-{variant}", "-A", "OUTPUT", "-d", "10.1.2.3", "-p", "tcp", "--dport", "80", "-j", "DROP"])
+    found = ask(namespace, "127.0.0.1", "10.1.2.3", 80)
+    (path,) = found.paths
+    assert path.outcome.verdict == "dropped"
+    assert path.steps[-1].rule is not None
+    assert path.steps[-1].rule.family == ("iptables-legacy" if variant == "legacy" else "iptables")
+    assert ask(namespace, "127.0.0.1", "10.1.2.3", 81).outcomes[0].verdict == "accepted"
+
+
 def test_connection_that_exists_is_decided_by_conntrack(web: WebService) -> None:
     pods = [web.pod(1), web.pod(2)]
     node = web.node.namespace

@@ -167,7 +167,7 @@ def damaged(text: str, random: Random) -> str:
 @pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("*.*") if path.suffix != ".md"))
 def test_damaged_dumps_are_an_error_or_leave_a_sound_answer(file: str) -> None:
     random, text = Random(file), (FOLDER / file).read_text()
-    for _ in range(25):
+    for _ in range(8):
         dumps = Dumps()
         interface = random.choice((None, "eth0"))
         packet = TracedPacket(source=POD, destination=SERVICE, port=80, protocol="TCP", interface=interface)

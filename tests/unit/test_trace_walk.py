@@ -224,6 +224,22 @@ def test_dormant_tables_and_other_families_do_not_count() -> None:
     assert found.notes == ("table bridge t is not evaluated",)
 
 
+def test_both_variants_of_iptables_have_their_own_tables() -> None:
+    modern = iptables("FORWARD -p udp -j DROP")
+    legacy = iptables("FORWARD -p tcp -j DROP").replace(" (nf_tables)", "")
+    assert verdict(modern, legacy) == verdict(legacy, modern) == "dropped"
+    assert verdict(modern) == "accepted"
+    found = ask(modern, legacy)
+    assert found.paths[0].steps[-1].rule is not None
+    assert found.paths[0].steps[-1].rule.family == "iptables-legacy"
+
+
+def test_table_in_two_dumps_counts_once() -> None:
+    flips = nft(f"f: {FORWARD} // meta mark set meta mark ^ 1 // meta mark 1 drop")
+    assert verdict(flips, flips) == "dropped"
+    assert ask(flips, flips).notes == ("dump 1: table ip t is ignored: another dump has it",)
+
+
 def test_statements_that_are_not_understood_are_unknown_with_their_verdict() -> None:
     assert verdict(nft(f"f: {FORWARD} // frobnicate 7 drop")) == "unknown"
     assert verdict(nft(f"f: {FORWARD} // frobnicate 7 drop // drop")) == "dropped"

@@ -35,7 +35,9 @@ class Dumps:
     def __init__(self) -> None:
         self._iptables = Program()
         self._nft: list[Json] = []
+        self._nft_tables: set[tuple[str, str]] = set()
         self._nft_variants: set[Family] = set()
+        self._notes: list[str] = []
 
     def add(self, text: str, name: str, family: Family | None = None) -> None:
         """Add a dump: the output of `iptables-save`, `ip6tables-save`, `nft list ruleset` or `nft -j list ruleset`.
@@ -49,7 +51,7 @@ class Dumps:
             self._add_iptables(text, name, family)
         elif is_nft_text(text):
             try:
-                self._nft.extend(read_nft_text(text))
+                self._add_nft(read_nft_text(text), name)
             except _DAMAGED as error:
                 raise DumpError(f"{name}: not the complete output of `nft list ruleset`: {error}") from None
         elif stripped:
@@ -61,9 +63,19 @@ class Dumps:
     def _add_json(self, text: str, name: str) -> None:
         try:
             objects = msgspec.json.decode(text)["nftables"]
-        except (msgspec.DecodeError, KeyError, TypeError) as error:
+            self._add_nft([entry for entry in objects if isinstance(entry, dict)], name)
+        except (msgspec.DecodeError, *_DAMAGED) as error:
             raise DumpError(f"{name}: not the output of `nft -j list ruleset`: {error}") from None
-        self._nft.extend(entry for entry in objects if isinstance(entry, dict))
+
+    def _add_nft(self, objects: list[Json], name: str) -> None:
+        """Add the objects of a dump, except for tables that an earlier dump has shown."""
+        tables = {(entry["table"]["family"], entry["table"]["name"]) for entry in objects if "table" in entry}
+        repeated = tables & self._nft_tables
+        self._nft.extend(entry for entry in objects if _place(entry) not in repeated)
+        self._nft_tables |= tables
+        self._notes.extend(
+            f"{name}: table {' '.join(each)} is ignored: another dump has it" for each in sorted(repeated)
+        )
 
     def _add_iptables(self, text: str, name: str, family: Family | None) -> None:
         for part, own in _parts(text):
@@ -82,7 +94,7 @@ class Dumps:
         `nft list ruleset` also shows the tables of iptables-nft. If they are in a dump of iptables-save too, that dump
         is used, because nft cannot show all of iptables' matches.
         """
-        program = Program()
+        program = Program(notes=list(self._notes))
         program.add(self._iptables)
         try:
             remaining = list(self._without_duplicates())
@@ -108,10 +120,14 @@ class Dumps:
             and any(key[:2] == (_OWNERS.get(family), table) for key in self._iptables.chains)
         }
         for entry in self._nft:
-            ((_, content),) = list(entry.items())[:1]
-            place = (content.get("family", ""), content.get("table", content.get("name", "")))
-            if place not in hidden:
+            if _place(entry) not in hidden:
                 yield entry
+
+
+def _place(entry: Json) -> tuple[str, str]:
+    """Return the family and name of the table to which an object belongs."""
+    ((_, content),) = list(entry.items())[:1]
+    return content.get("family", ""), content.get("table", content.get("name", ""))
 
 
 def _parts(text: str) -> list[tuple[str, Family | None]]:

@@ -19,7 +19,7 @@ ChainKey: TypeAlias = tuple[str, str, str]
 
 
 class RuleSource(Struct, frozen=True):
-    """Where a rule is: `family` is nft's name of the family, or `iptables` or `ip6tables`."""
+    """Where a rule is: `family` is nft's name of the family, or the name of an iptables variant."""
 
     family: str
     table: str

@@ -25,7 +25,10 @@ MAX_REPLIES = 20
 
 
 class TracedRule(ReportPart, frozen=True, kw_only=True):
-    """A rule: `family` is nft's name of its family, or `iptables` or `ip6tables`. `handle` is nft's, 0 if unknown."""
+    """A rule: `family` is nft's name of its family, or `iptables`, `ip6tables`, `iptables-legacy`, `ip6tables-legacy`.
+
+    `handle` is nft's, 0 if unknown.
+    """
 
     family: str
     table: str
@@ -344,7 +347,8 @@ class _Builder:
                 each for each in found.outcomes if each.verdict == "accepted" and self._class(each) == "broken"
             )
             to = "the node itself gets the packet" if where.delivered else "the packet is sent there unchanged"
-            parts.append(f"no rule of a Service translates {where.destination}: {to}")
+            manner = "" if total["none"] > 1 - 1e-4 else f"{_share(total['none'])} are not translated: "
+            parts.append(f"{manner}no rule of a Service translates {where.destination}: {to}")
         for verdict in ("dropped", "rejected"):
             if share := total[verdict]:
                 blame = self._blame(verdict, found.paths)
@@ -367,7 +371,7 @@ class _Builder:
 
 def is_own(rule: TracedRule) -> bool:
     """Return whether a rule is one of kproxy or kube-proxy, not of another program."""
-    if rule.family in ("iptables", "ip6tables"):
+    if rule.family.startswith(("iptables", "ip6tables")):
         return bool(_OWN_CHAINS.match(rule.chain)) or " KUBE-" in rule.text
     return rule.table == "kube-proxy" or bool(_OWN_CHAINS.match(rule.chain))
 

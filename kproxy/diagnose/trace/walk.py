@@ -543,7 +543,10 @@ def _order(base: Base) -> tuple[int, int]:
 
 
 def _sees(base: Base, hook: Hook, flow: Flow) -> bool:
-    families = ("iptables", "ip") if flow.family is Family.IPV4 else ("ip6tables", "ip6")
+    if flow.family is Family.IPV4:
+        families = ("iptables", "iptables-legacy", "ip")
+    else:
+        families = ("ip6tables", "ip6tables-legacy", "ip6")
     if base.hook != hook or base.key[0] not in (*families, "inet", "netdev"):
         return False
     return hook != "ingress" or flow.iif.matches(base.device) is not False
