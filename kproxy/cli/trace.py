@@ -98,6 +98,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="file or directory with Pods, Services, EndpointSlices and Nodes as YAML or JSON, for their names and "
         "addresses",
     )
+    parser.add_argument(
+        "--live",
+        action="store_true",
+        help="also watch a real packet and compare; if it comes from elsewhere, send one within 30 seconds",
+    )
     add_output_flag(parser)
     parser.set_defaults(command=_trace)
 
@@ -109,10 +114,12 @@ def _trace(options: argparse.Namespace) -> int:
     addresses = _node_addresses(options)
     if addresses and not options.dump:
         raise UsageError("--node-address needs --dump: the addresses of this node are known")
+    if options.live and options.dump:
+        raise UsageError("--live watches packets on this node: it cannot be combined with --dump")
     dumps = _read_dumps(options.dump)
 
     from kproxy.cli.trace_text import trace_lines
-    from kproxy.diagnose.trace.ask import TracedPacket, trace_dumps, trace_kernel
+    from kproxy.diagnose.trace.ask import TracedPacket, trace_dumps, trace_kernel, with_live_packet
     from kproxy.diagnose.trace.dumps import DumpError
     from kproxy.diagnose.trace.kernel import KernelError
 
@@ -130,6 +137,8 @@ def _trace(options: argparse.Namespace) -> int:
             report = trace_dumps(packet, dumps, addresses, objects, options.node or "")
         else:
             report = trace_kernel(packet, objects)
+            if options.live:
+                report = with_live_packet(report, packet)
     except DumpError as error:
         raise UsageError(f"--dump: {error}") from None
     except KernelError as error:

@@ -11,6 +11,7 @@ from kproxy.cli.output import WIDTH, Style
 from kproxy.diagnose.trace.trace import (
     PacketTrace,
     TracedRule,
+    TraceLive,
     TraceOutcome,
     TracePath,
     TraceStep,
@@ -67,6 +68,23 @@ def trace_lines(trace: PacketTrace, style: Style) -> Iterator[str]:
     paint = {"works": style.good, "broken": style.bad, "unknown": style.warning}[trace.answer]
     yield from _wrapped(f"Result: {trace.summary}.", "", paint)
     yield from _return_path(trace)
+    if trace.live is not None:
+        yield from _live(trace.live, style)
+
+
+def _live(live: TraceLive, style: Style) -> Iterator[str]:
+    if not live.seen:
+        yield from _wrapped("Live: no packet of this connection came.", "", style.warning)
+        return
+    if live.agrees:
+        text = f"Live: a real packet was {live.verdict}, by the predicted rules ({len(live.rules)})."
+        yield from _wrapped(text, "", style.good)
+        return
+    yield from _wrapped(
+        f"Live: a real packet was {live.verdict}, not by the predicted rules, but by these:", "", style.bad
+    )
+    for rule in live.rules:
+        yield from _wrapped(f"{_place(rule)}: {_quoted(rule)}", "    ", None)
 
 
 def _interface(trace: PacketTrace) -> str:

@@ -7,18 +7,20 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kproxy.diagnose.trace.ask import TracedPacket, trace_kernel
+from kproxy.diagnose.trace.ask import TracedPacket, trace_kernel, with_live_packet
 from kproxy.diagnose.trace.trace import PacketTrace
 from tests.lab.client import Answered, Outcome, Refused, TimedOut, open_connection, send_request
 from tests.lab.modes import BOTH_MODES, mode_flag
 from tests.lab.namespace import Namespace
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
+from tests.lab.waiting import wait_until
 from tests.lab.web_service import CLUSTER_IPS, EXTERNAL_IPS, NODE_PORT, WebService
 
 VERSIONS = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
@@ -182,6 +184,67 @@ def test_connection_that_exists_is_decided_by_conntrack(web: WebService) -> None
         new = trace(node, f"--from={client}", f"--to={CLUSTER_IPS[4]}:80")
         assert len(new["outcomes"]) == 2
         assert new["connections"] == [entry]
+
+
+@BOTH_MODES
+@pytest.mark.parametrize("firewall", ["", NFT_FIREWALL], ids=["none", "nft"])
+def test_real_packet_takes_the_predicted_way(web: WebService, mode: str, firewall: str) -> None:
+    pods = [web.pod(1), web.pod(2)]
+    node = web.node.namespace
+    node.run(["nft", "-f", "-"], firewall)
+    web.apply([web.service("web", *CLUSTER_IPS.values()), *web.slices("web", pods)], mode_flag(mode))
+    found = trace(node, f"--from={web.node.address()}", f"--to={CLUSTER_IPS[4]}:80", "--live")
+    assert found["live"]["agrees"], found["live"]
+    assert found["live"]["verdict"] == "accepted"
+    assert len(found["live"]["rules"]) > 3
+    with ThreadPoolExecutor(1) as pool:
+        tracing = pool.submit(trace, node, f"--from={web.outsider.address()}", f"--to={CLUSTER_IPS[4]}:80", "--live")
+        while not tracing.done():
+            send_request(web.outsider, CLUSTER_IPS[4], 80, timeout=SILENCE)
+        found = tracing.result()
+    assert found["live"]["agrees"], found["live"]
+    assert found["live"]["verdict"] == ("dropped" if firewall else "accepted")
+    assert "kproxy-trace" not in node.run(["nft", "list", "tables"]).stdout
+
+
+def test_packet_that_does_not_go_as_predicted_makes_the_answer_unknown(web: WebService) -> None:
+    pods = [web.pod(1)]
+    node = web.node.namespace
+    web.apply([web.service("web", *CLUSTER_IPS.values()), *web.slices("web", pods)])
+    packet = TracedPacket(source=web.node.address(), destination=CLUSTER_IPS[4], port=80, protocol="TCP")
+    predicted_way = ask(node, packet.source, packet.destination, 80)
+    node.run(["nft", "-f", "-"], NFT_FIREWALL.replace("ct status dnat meta", "ct status dnat drop\n\t\tmeta"))
+    found = node.call(lambda: with_live_packet(predicted_way, packet))
+    assert found.live is not None
+    assert (found.live.agrees, found.live.verdict, found.answer) == (False, "dropped", "unknown")
+
+
+def test_table_of_a_live_trace_disappears_when_it_is_killed(web: WebService, tmp_path: Path) -> None:
+    node = web.node.namespace
+    web.apply([web.service("web", *CLUSTER_IPS.values()), *web.slices("web", [web.pod(1)])])
+
+    def exists() -> bool:
+        return "kproxy-trace" in node.run(["nft", "list", "tables"]).stdout
+
+    with (tmp_path / "output").open("w") as output:
+        command = ["trace", f"--from={web.outsider.address()}", f"--to={CLUSTER_IPS[4]}:80", "--live"]
+        process = node.popen([sys.executable, "-m", "kproxy", *command], output)
+        wait_until(exists, "the table of the trace")
+        process.kill()
+        process.wait()
+    wait_until(lambda: not exists(), "the end of the table")
+    assert (tmp_path / "output").read_text() == ""
+
+
+def test_live_trace_refuses_iptables_legacy(namespace: Namespace, variant: str) -> None:
+    if variant != "legacy":
+        pytest.skip("about iptables-legacy")
+    namespace.run(["ip", "link", "set", "lo", "up"])
+    namespace.run(["iptables-legacy", "-A", "OUTPUT", "-d", "10.1.2.3", "-j", "DROP"])
+    command = [sys.executable, "-m", "kproxy", "trace", "--from=127.0.0.1", "--to=10.1.2.3:80", "--live"]
+    done = namespace.run(command, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "iptables-legacy" in done.stderr
 
 
 def test_without_root_the_answer_is_unknown() -> None:

@@ -122,6 +122,7 @@ def test_source_as_a_pod(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         (("--from=10.0.0.2", "--to=10.0.0.1:80", f"--dump={__file__}"), "neither the output of iptables-save"),
         (("--from=10.0.0.2", "--to=10.0.0.1:80", "--node-address=10.0.0.1"), "--node-address needs --dump"),
         (("--from=10.0.0.2", "--to=10.0.0.1:80", "--dump=x", "--node-address=x"), "--node-address: must be an IP"),
+        (("--from=10.0.0.2", "--to=10.0.0.1:80", "--dump=x", "--live"), "--live watches packets on this node"),
         (("--from=10.0.0.2", "--to=10.0.0.1:80", "--objects=/nonexistent"), "--objects: /nonexistent"),
     ],
 )

@@ -8,6 +8,7 @@ from kproxy.diagnose.trace.ask import TracedPacket, trace_dumps
 from kproxy.diagnose.trace.connections import ConnectionEntry, read_connections
 from kproxy.diagnose.trace.dumps import Dumps
 from kproxy.diagnose.trace.flow import Bits, Interface
+from kproxy.diagnose.trace.live import LiveEvent, first_packet
 from kproxy.diagnose.trace.trace import PacketTrace
 from kproxy.model.types import Protocol
 
@@ -286,3 +287,20 @@ def test_connections() -> None:
     (udp,) = read_connections(lines, "UDP", "10.1.0.5", "10.96.0.10", 53)
     assert (udp.reply_source, udp.reply_source_port, udp.replied) == ("10.2.0.3", 5353, False)
     assert read_connections(lines, "TCP", "10.1.0.5", "10.96.0.80", 81) == []
+
+
+def test_events_of_the_first_packet() -> None:
+    text = """\
+trace id 1a inet kproxy-trace output packet: oif "lo" ip saddr 10.0.0.1
+trace id 1a inet kproxy-trace output rule ip daddr 10.2.0.7 meta nftrace set 1 (verdict continue)
+trace id 1a inet kproxy-trace output policy accept
+trace id 1a ip nat OUTPUT rule counter packets 1 bytes 60 jump KUBE-SERVICES (verdict jump KUBE-SERVICES)
+trace id 2b ip nat OUTPUT rule counter packets 2 bytes 120 jump KUBE-SERVICES (verdict jump KUBE-SERVICES)
+trace id 1a ip filter OUTPUT verdict continue
+trace id 1a ip filter OUTPUT policy drop
+"""
+    assert first_packet(text) == [
+        LiveEvent("ip", "nat", "OUTPUT", "rule", "counter packets 1 bytes 60 jump KUBE-SERVICES", "jump"),
+        LiveEvent("ip", "filter", "OUTPUT", "policy", "drop", "drop"),
+    ]
+    assert first_packet("") == []

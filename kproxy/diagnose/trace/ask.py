@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -12,14 +13,25 @@ from kproxy.diagnose.trace.connections import ConnectionEntry
 from kproxy.diagnose.trace.dumps import Dumps
 from kproxy.diagnose.trace.flow import Facts, Flow, Interface, address_text, number_of
 from kproxy.diagnose.trace.kernel import (
+    KernelError,
     Routes,
     forwards,
+    has_legacy_tables,
     read_addresses,
     read_entries,
     read_recent_lists,
     read_rules,
 )
-from kproxy.diagnose.trace.trace import PacketTrace, Question, TraceConnection, trace
+from kproxy.diagnose.trace.live import LiveEvent, WatchedFlow, watch
+from kproxy.diagnose.trace.trace import (
+    PacketTrace,
+    Question,
+    TraceConnection,
+    TracedRule,
+    TraceLive,
+    TracePath,
+    trace,
+)
 from kproxy.model.addresses import family_of, socket_text
 from kproxy.model.types import Protocol
 
@@ -118,6 +130,60 @@ def trace_kernel(packet: TracedPacket, objects: ClusterAddresses | None) -> Pack
     if not forwards(family):
         notes.append(f"this node does not forward {family.value} packets (sysctl)")
     return replace(report, notes=(*report.notes, *notes))
+
+
+def with_live_packet(report: PacketTrace, packet: TracedPacket) -> PacketTrace:
+    """Watch a real packet of the flow, and compare it with the prediction. Raises `KernelError`."""
+    family = family_of(packet.destination)
+    if has_legacy_tables(family):
+        raise KernelError("--live cannot follow packets through iptables-legacy: its rules have no tracing of nftables")
+    sends = report.interface == ""
+    events = watch(
+        WatchedFlow(
+            family=family,
+            source=packet.source,
+            destination=packet.destination,
+            port=packet.port,
+            protocol=packet.protocol,
+            sends=sends,
+        )
+    )
+    live = compare_live(report, events)
+    if live.agrees is False:
+        summary = f"{report.summary}; but the kernel has treated a real packet differently"
+        return replace(report, live=live, answer="unknown", summary=summary)
+    return replace(report, live=live)
+
+
+def compare_live(report: PacketTrace, events: list[LiveEvent]) -> TraceLive:
+    """Return what the kernel did with a packet, and whether one of the predicted ways is the same, rule by rule."""
+    if not events:
+        return TraceLive(seen=False)
+    rules = [event for event in events if event.kind == "rule"]
+    actual = [(event.family, event.table, event.chain) for event in rules]
+    dropped = events[-1].verdict == "drop" or "reject" in events[-1].text
+    verdict: Literal["accepted", "dropped"] = "dropped" if dropped else "accepted"
+    ways = [_matched(path) for path in report.paths]
+    skipped = any(step.effect == "unknown" for path in report.paths for step in path.steps)
+    fates = {"accepted" if path.outcome.verdict == "accepted" else "dropped" for path in report.paths}
+    return TraceLive(
+        seen=True,
+        verdict=verdict,
+        agrees=actual in ways or (skipped and verdict in fates),
+        rules=tuple(
+            TracedRule(family=each.family, table=each.table, chain=each.chain, text=each.text) for each in rules
+        ),
+    )
+
+
+def _matched(path: TracePath) -> list[tuple[str, str, str]]:
+    """Return the chains of the rules that a predicted packet matches, in order, as nft names them."""
+    rules = [step.rule for step in path.steps if step.rule is not None and step.effect != "policy-drop"]
+    distinct = [rule for rule, before in zip(rules, [None, *rules], strict=False) if rule != before]
+    return [(_NFT_NAMES.get(rule.family, rule.family), rule.table, rule.chain) for rule in distinct]
+
+
+_NFT_NAMES = {"iptables": "ip", "ip6tables": "ip6"}
 
 
 def _connection(entry: ConnectionEntry) -> TraceConnection:

@@ -66,7 +66,7 @@ def _saving(name: str) -> Iterator[list[str]]:
     found = next(filter(None, map(shutil.which, (*modern, f"{name}-nft-save", f"{name}-save"))), None)
     if found:
         yield [found]
-    if not _has_legacy_tables(name):
+    if not _has_tables(name):
         return
     old = [f"{folder}/legacy/{name}-save"] if folder else []
     legacy = next(filter(None, map(shutil.which, (*old, f"{name}-legacy-save"))), None)
@@ -75,7 +75,12 @@ def _saving(name: str) -> Iterator[list[str]]:
     yield [legacy]
 
 
-def _has_legacy_tables(name: str) -> bool:
+def has_legacy_tables(family: Family) -> bool:
+    """Return whether this node has rules of iptables-legacy in one IP family."""
+    return _has_tables(_PROGRAMS[family])
+
+
+def _has_tables(name: str) -> bool:
     try:
         return bool(LEGACY_TABLE_FILES[name].read_text().split())
     except OSError:

@@ -105,6 +105,18 @@ class TraceConnection(ReportPart, frozen=True, kw_only=True):
     state: str = ""
 
 
+class TraceLive(ReportPart, frozen=True, kw_only=True):
+    """A real packet that the kernel has traced: whether one came, its verdict, and whether it went as predicted.
+
+    `rules` are the rules that it has matched, in order. `agrees` is null if no packet came.
+    """
+
+    seen: bool
+    verdict: Literal["accepted", "dropped"] | None = None
+    agrees: bool | None = None
+    rules: tuple[TracedRule, ...] = ()
+
+
 class PacketTrace(Report, frozen=True, kw_only=True):
     """The way of a packet through all tables of a node.
 
@@ -130,6 +142,7 @@ class PacketTrace(Report, frozen=True, kw_only=True):
     truncated: bool = False
     replies: tuple[TraceReply, ...] = ()
     connections: tuple[TraceConnection, ...] = ()
+    live: TraceLive | None = None
     notes: tuple[str, ...] = ()
 
 
