@@ -138,6 +138,8 @@ def _trace(options: argparse.Namespace) -> int:
         else:
             report = trace_kernel(packet, objects)
             if options.live:
+                if report.interface != "":
+                    print(f"waiting for a packet from {source} to {options.to}: send one now", file=sys.stderr)
                 report = with_live_packet(report, packet)
     except DumpError as error:
         raise UsageError(f"--dump: {error}") from None

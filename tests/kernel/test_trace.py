@@ -233,7 +233,9 @@ def test_table_of_a_live_trace_disappears_when_it_is_killed(web: WebService, tmp
         process.kill()
         process.wait()
     wait_until(lambda: not exists(), "the end of the table")
-    assert (tmp_path / "output").read_text() == ""
+    assert (tmp_path / "output").read_text() == (
+        f"waiting for a packet from {web.outsider.address()} to {CLUSTER_IPS[4]}:80: send one now\n"
+    )
 
 
 def test_live_trace_refuses_iptables_legacy(namespace: Namespace, variant: str) -> None:

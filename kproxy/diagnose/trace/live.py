@@ -61,6 +61,7 @@ def watch(flow: WatchedFlow) -> list[LiveEvent]:
             found.extend(_window(flow))
             if found:
                 return
+            yield "\n"  # shows that nft is not stuck, but waits for input
 
     try:
         done = CommandRunner().stream_input(["nft", "-i"], commands(), timeout=WAIT_SECONDS + 30)
