@@ -217,6 +217,24 @@ def test_replies_that_a_rule_drops_break_the_connection() -> None:
     assert ask(nft(nat, stateful)).answer == "works"
 
 
+def test_replies_of_an_endpoint_that_may_be_the_node_itself() -> None:
+    """Without addresses of the node, replies can come from the node or from elsewhere."""
+    nat = "p: type nat hook prerouting priority dstnat; policy accept; // tcp dport 80 dnat to 10.2.0.9:8080"
+    drop = "o: type filter hook output priority filter; policy accept; // ip saddr 10.2.0.9 drop"
+    answers = []
+    for chains in ((nat,), (nat, drop), (nat, drop, f"f: {FORWARD} // ip saddr 10.2.0.9 drop")):
+        dumps = Dumps()
+        dumps.add(nft(*chains), "dump")
+        packet = TracedPacket(source="10.1.0.5", destination="10.2.0.7", port=80, protocol="TCP", interface="eth0")
+        answers.append(trace_dumps(packet, dumps, (), None, "").answer)
+    assert answers == ["works", "unknown", "broken"]
+
+
+def test_connection_mark_of_replies_is_unknown() -> None:
+    nat = "p: type nat hook prerouting priority dstnat; policy accept; // tcp dport 80 dnat to 10.2.0.9:8080"
+    assert ask(nft(nat, f"f: {FORWARD} // ct mark 1 drop")).answer == "unknown"
+
+
 def test_dormant_tables_and_other_families_do_not_count() -> None:
     dropping = nft(f"f: {FORWARD.replace('accept', 'drop')}")
     assert verdict(dropping.replace("table ip t {\n", "table ip t {\n\tflags dormant\n")) == "accepted"

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from kproxy.diagnose.trace.cluster_objects import ClusterAddresses
 from kproxy.diagnose.trace.connections import ConnectionEntry
 from kproxy.diagnose.trace.dumps import Dumps
-from kproxy.diagnose.trace.flow import Facts, Flow, Interface, address_text, number_of
+from kproxy.diagnose.trace.flow import Bits, Facts, Flow, Interface, address_text, number_of
 from kproxy.diagnose.trace.kernel import (
     KernelError,
     Routes,
@@ -207,4 +207,5 @@ def _continued(flow: Flow, entry: ConnectionEntry) -> Flow:
         snat=entry.reply_destination if entry.reply_destination != entry.source else "",
         destination_settled=True,
         source_settled=True,
+        connection_mark=Bits(0, 0),
     )

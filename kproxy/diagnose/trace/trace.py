@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from msgspec import Struct
 
 from kproxy.diagnose.report import Report, ReportPart
-from kproxy.diagnose.trace.flow import Facts, Flow, Interface, number_of, socket_text
+from kproxy.diagnose.trace.flow import Bits, Facts, Flow, Interface, number_of, socket_text
 from kproxy.diagnose.trace.program import Program, RuleSource
 from kproxy.diagnose.trace.result import Outcome
 from kproxy.diagnose.trace.walk import Cause, Path, Step, TooManyWaysError, Walk, walk
@@ -281,7 +281,7 @@ class _Builder:
         """Trace the replies of the endpoints that can be reached."""
         replies: dict[str, TraceReply] = {}
         for outcome in outcomes:
-            reached = self._class(self._outcome(outcome, 0.0)) == "works" and outcome.delivered is not None
+            reached = self._class(self._outcome(outcome, 0.0)) == "works"
             if reached and outcome.destination not in replies and len(replies) < MAX_REPLIES:
                 reply = self._reply(outcome)
                 if reply is not None:
@@ -289,14 +289,29 @@ class _Builder:
         return tuple(replies.values())
 
     def _reply(self, outcome: Outcome) -> TraceReply | None:
+        """Trace the replies of an endpoint: from this node itself, from elsewhere, or both if that is not known."""
+        if outcome.delivered is not None:
+            return self._reply_from(outcome, from_node=outcome.delivered)
+        elsewhere, here = self._reply_from(outcome, from_node=False), self._reply_from(outcome, from_node=True)
+        if elsewhere is None or here is None or elsewhere.answer == here.answer:
+            return elsewhere
+        return TraceReply(
+            endpoint=outcome.destination,
+            answer="unknown",
+            steps=(elsewhere if here.answer == "works" else here).steps,
+            unknowns=(*elsewhere.unknowns, *here.unknowns),
+        )
+
+    def _reply_from(self, outcome: Outcome, *, from_node: bool) -> TraceReply | None:
         flow, facts = self._flow, self._question.facts
         address, _, port = outcome.destination.rpartition(":")
         try:
             source = number_of(address.strip("[]"))
         except ValueError:
             return None
-        iif = Interface("") if outcome.delivered else Interface(facts.interface_to(source))
-        if flow.iif.name == "" and outcome.delivered:
+        iif = Interface("") if from_node else Interface(facts.interface_to(source))
+        undone = bool(outcome.masqueraded) and not from_node
+        if flow.iif.name == "" and from_node:
             return TraceReply(endpoint=outcome.destination, answer="works")
         start = Flow(
             family=flow.family,
@@ -308,10 +323,10 @@ class _Builder:
             iif=iif,
             entry="established",
             reply=True,
-            redirected=bool(outcome.masqueraded) and not outcome.delivered,
-            restored=(flow.source, flow.source_port or -1) if outcome.masqueraded and not outcome.delivered else None,
-            dnat="",
-            snat="",
+            connection_mark=Bits(0, 0),
+            local=frozenset() if flow.iif.name == "" else frozenset({(flow.source, False)}),
+            redirected=undone,
+            restored=(flow.source, flow.source_port or -1) if undone else None,
             original=flow.original,
             destination_settled=True,
             source_settled=True,
