@@ -54,9 +54,8 @@ _WORDS = {
 
 def trace_lines(trace: PacketTrace, style: Style) -> Iterator[str]:
     """Yield the lines of a trace."""
-    yield from _wrapped(
-        f"{trace.protocol} from {trace.source} to {trace.destination}{_interface(trace)}", "", style.bold
-    )
+    title = " ".join([trace.protocol, "from", trace.source, "to", trace.destination])
+    yield from _wrapped(title + _interface(trace), "", style.bold)
     for note in trace.notes:
         yield from _wrapped(f"note: {note}", "", style.warning)
     yield from _connections(trace)
