@@ -15,8 +15,8 @@ FOLDER = Path(__file__).parent.parent / "docs/schemas"
 
 def kinds() -> list[type[Report]]:
     """Return all kinds of reports that kproxy defines."""
-    for module in pkgutil.iter_modules(kproxy.diagnose.__path__):
-        import_module(f"kproxy.diagnose.{module.name}")
+    for module in pkgutil.walk_packages(kproxy.diagnose.__path__, "kproxy.diagnose."):
+        import_module(module.name)
     found = [kind for kind in Report.__subclasses__() if kind.__module__.startswith("kproxy.")]
     return sorted(found, key=lambda kind: kind.__name__)
 

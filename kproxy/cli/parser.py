@@ -21,6 +21,7 @@ COMMANDS = {
     "render": "print the rules for the objects in files, without changing anything",
     "status": "show the state of the daemon on this node",
     "explain": "say why a Service works on this node or does not, and what to do",
+    "trace": "follow a packet through every table of a node, to its verdict",
     "diff": "compare the desired state with the kernel, other objects or another configuration",
     "doctor": "check whether kproxy can work on this node, and what may disturb it",
     "top": "show the connections to Services and their endpoints",

@@ -282,7 +282,7 @@ def test_documented_iptables_rules_match_kproxy(tmp_path: Path) -> None:
 
 def test_documented_nftables_elements_match_kproxy(tmp_path: Path) -> None:
     table = rendered(tmp_path, "nftables")
-    lines = [line for line in read(TROUBLESHOOTING).blocks if re.match(r"\s+(elements = \{|\d)", line)]
+    lines = [line for line in read(TROUBLESHOOTING).blocks if re.match(r"\s+(elements = \{|\d\S*[.:]\S)", line)]
     documented = [line.replace("elements = {", "").strip(" \t{},") for line in lines]
     assert [element for element in documented if element not in table] == []
     assert len(documented) > 4

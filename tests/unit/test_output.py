@@ -76,3 +76,5 @@ def test_committed_schemas_are_those_of_the_reports() -> None:
     expected = {f"{kind.__name__}.json": schema_text(kind) for kind in kinds()}
     committed = {path.name: path.read_text() for path in FOLDER.glob("*.json")}
     assert committed == expected, "run `python -m tests.schemas`"
+    page = (FOLDER.parent / "output.md").read_text()
+    assert {name for name in expected if f"schemas/{name}" not in page} == set()

@@ -1,0 +1,189 @@
+"""Read what a trace needs from this node's kernel: rules, addresses, routes, connections."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from kproxy.diagnose.trace.connections import ConnectionEntry, read_connections
+from kproxy.diagnose.trace.dumps import DumpError, Dumps
+from kproxy.host.commands import CommandError, run
+from kproxy.host.interfaces import own_addresses
+from kproxy.host.netlink import NetlinkError, NetlinkSocket
+from kproxy.host.netlink_message import attribute, attributes
+from kproxy.host.process import has_net_admin
+from kproxy.iptables.variant import FOLDER_VARIABLE, LEGACY_TABLE_FILES
+from kproxy.model.types import Family, Protocol
+
+TIMEOUT_SECONDS = 60
+# linux/rtnetlink.h and linux/fib_rules.h
+_RTM_GETROUTE = 26
+_RTM_GETRULE = 34
+_RTA_DST = 1
+_RTA_OIF = 4
+_RTMSG = struct.Struct("=BBBBBBBBI")
+"""`struct rtmsg`; `struct fib_rule_hdr` has the same layout."""
+_USUAL_RULES = {Family.IPV4: 3, Family.IPV6: 2}
+"""The routing rules of every node: for the tables local, main and, in IPv4, default."""
+_ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
+_PROGRAMS = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
+_RECENT = Path("/proc/thread-self/net/xt_recent")
+_CONNECTIONS = Path("/proc/thread-self/net/nf_conntrack")
+
+
+class KernelError(Exception):
+    """The kernel's state cannot be read. The message is one line."""
+
+
+def read_rules(family: Family) -> Dumps:
+    """Read the rules of iptables, iptables-legacy and nftables in one IP family. Raises `KernelError`."""
+    if not has_net_admin():
+        raise KernelError(
+            "cannot read the rules of this node without root (CAP_NET_ADMIN); "
+            "run as root, or pass --dump=FILE to trace through dumps of the rules"
+        )
+    dumps = Dumps()
+    name = _PROGRAMS[family]
+    try:
+        for argv in _saving(name):
+            dumps.add(_output(argv), argv[0], family)
+        if shutil.which("nft") is None:
+            raise KernelError("nft not found: it is in the package nftables, and shows the tables of nftables")
+        dumps.add(_output(["nft", "-j", "list", "ruleset"]), "nft")
+    except DumpError as error:
+        raise KernelError(str(error)) from None
+    return dumps
+
+
+def _saving(name: str) -> Iterator[list[str]]:
+    """Yield the commands that save the rules of iptables-nft, and those of iptables-legacy if it has tables."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    modern = [f"{folder}/nft/{name}-save"] if folder else []
+    found = next(filter(None, map(shutil.which, (*modern, f"{name}-nft-save", f"{name}-save"))), None)
+    if found:
+        yield [found]
+    if not _has_tables(name):
+        return
+    old = [f"{folder}/legacy/{name}-save"] if folder else []
+    legacy = next(filter(None, map(shutil.which, (*old, f"{name}-legacy-save"))), None)
+    if legacy is None:
+        raise KernelError(f"{name}-legacy-save not found, but this node has rules of iptables-legacy")
+    yield [legacy]
+
+
+def has_legacy_tables(family: Family) -> bool:
+    """Return whether this node has rules of iptables-legacy in one IP family."""
+    return _has_tables(_PROGRAMS[family])
+
+
+def _has_tables(name: str) -> bool:
+    try:
+        return bool(LEGACY_TABLE_FILES[name].read_text().split())
+    except OSError:
+        return False
+
+
+def _output(argv: list[str]) -> str:
+    try:
+        done = run(argv, timeout=TIMEOUT_SECONDS)
+    except CommandError as error:
+        raise KernelError(str(error)) from None
+    if done.code:
+        raise KernelError(f"{argv[0]}: {done.error_message}")
+    return done.stdout
+
+
+def read_addresses(family: Family) -> frozenset[str]:
+    """Return all addresses of this node in one IP family. Raises `KernelError`."""
+    try:
+        return own_addresses(family)
+    except OSError as error:
+        raise KernelError(f"cannot read the addresses of this node: {error}") from None
+
+
+class Routes:
+    """The routes of this node in one IP family, by destination only."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._known: dict[int, str | None] = {}
+        self._simple = self._has_only_usual_rules()
+
+    def interface_to(self, address: int) -> str | None:
+        """Return the interface to which packets to an address leave.
+
+        Returns None if there is no route, or if routing rules make it depend on more than the destination.
+        """
+        if not self._simple:
+            return None
+        if address not in self._known:
+            self._known[address] = self._look_up(address)
+        return self._known[address]
+
+    def missing(self) -> list[int]:
+        """Return the addresses that were looked up and have no route."""
+        return [address for address, interface in self._known.items() if interface is None]
+
+    def _has_only_usual_rules(self) -> bool:
+        header = _RTMSG.pack(_ADDRESS_FAMILIES[self._family], 0, 0, 0, 0, 0, 0, 0, 0)
+        try:
+            with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
+                return sum(1 for _ in netlink.dump(_RTM_GETRULE, header)) <= _USUAL_RULES[self._family]
+        except OSError:
+            return False
+
+    def _look_up(self, address: int) -> str | None:
+        size = 16 if self._family is Family.IPV6 else 4
+        header = _RTMSG.pack(_ADDRESS_FAMILIES[self._family], size * 8, 0, 0, 0, 0, 0, 0, 0)
+        request = header + attribute(_RTA_DST, address.to_bytes(size, "big"))
+        index = 0
+        try:
+            with NetlinkSocket(socket.NETLINK_ROUTE) as netlink:
+                for data, begin, end in netlink.get(_RTM_GETROUTE, request):
+                    fields = attributes(data, begin + _RTMSG.size, end)
+                    if _RTA_OIF in fields:
+                        index = int.from_bytes(data[slice(*fields[_RTA_OIF])], "little")
+            return socket.if_indextoname(index) if index else None
+        except (OSError, NetlinkError):
+            return None
+
+
+def forwards(family: Family) -> bool:
+    """Return whether this node forwards packets at all. An unreadable setting counts as yes."""
+    name = "ipv6/conf/all/forwarding" if family is Family.IPV6 else "ipv4/ip_forward"
+    try:
+        return Path("/proc/sys/net", name).read_text().strip() != "0"
+    except OSError:
+        return True
+
+
+def read_recent_lists() -> dict[str, frozenset[str]]:
+    """Return the addresses in each list of `-m recent`."""
+    found = {}
+    try:
+        for path in _RECENT.iterdir():
+            lines = path.read_text().splitlines()
+            found[path.name] = frozenset(line.split()[0].removeprefix("src=") for line in lines if line.strip())
+    except OSError:
+        return found
+    return found
+
+
+def read_entries(protocol: Protocol, source: str, destination: str, port: int) -> list[ConnectionEntry] | None:
+    """Return the connections between a client and a destination, or None if they cannot be read."""
+    try:
+        with _CONNECTIONS.open() as lines:
+            return read_connections(lines, protocol, source, destination, port)
+    except OSError:
+        pass
+    family = "ipv6" if ":" in destination else "ipv4"
+    argv = ["conntrack", "-L", "-f", family, "-p", protocol.lower(), "-s", source, "-d", destination]
+    try:
+        done = run(argv, timeout=TIMEOUT_SECONDS)
+    except CommandError:
+        return None
+    return read_connections(done.stdout.splitlines(), protocol, source, destination, port) if not done.code else None
