@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from kproxy.diagnose.trace.dumps import Dumps
-from kproxy.diagnose.trace.flow import Facts, Flow, Interface, number_of
+from kproxy.diagnose.trace.flow import Flow, Interface, TraceFacts, number_of
 from kproxy.diagnose.trace.program import Program
 from kproxy.diagnose.trace.result import Result
 from kproxy.diagnose.trace.walk import walk
@@ -77,7 +77,7 @@ def send(rules: Program, row: Row) -> Result:
         original=(destination, packet.port),
         iif=Interface(packet.interface),
     )
-    facts = Facts(
+    facts = TraceFacts(
         local_addresses=frozenset(map(number_of, packet.local_addresses)),
         complete=True,
         recent=recent_lists(rules, packet),
@@ -135,7 +135,7 @@ def test_session_affinity_that_a_dump_does_not_show_is_unknown() -> None:
         original=(destination, packet.port),
         iif=Interface(packet.interface),
     )
-    facts = Facts(local_addresses=frozenset(map(number_of, packet.local_addresses)), complete=True)
+    facts = TraceFacts(local_addresses=frozenset(map(number_of, packet.local_addresses)), complete=True)
     unknown = walk(rules, facts, flow).result
     assert unknown.unknown
     assert {each.verdict for each in (*unknown.known, *unknown.possible)} == {"accepted"}

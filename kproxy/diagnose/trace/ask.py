@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from kproxy.diagnose.trace.cluster_objects import ClusterAddresses
 from kproxy.diagnose.trace.connections import ConnectionEntry
 from kproxy.diagnose.trace.dumps import Dumps
-from kproxy.diagnose.trace.flow import Bits, Facts, Flow, Interface, address_text, number_of
+from kproxy.diagnose.trace.flow import Bits, Flow, Interface, TraceFacts, address_text, number_of
 from kproxy.diagnose.trace.kernel import (
     KernelError,
     Routes,
@@ -55,7 +55,7 @@ def trace_dumps(
     own = list(addresses)
     objects = objects or ClusterAddresses()
     from_node = own or list(objects.nodes.get(node, ()))
-    facts = Facts(
+    facts = TraceFacts(
         local_addresses=_numbers(from_node, packet),
         complete=bool(own),
         foreign_addresses=_numbers(objects.foreign_to(node), packet) if node or own or objects.nodes else frozenset(),
@@ -81,7 +81,7 @@ def flow_of(packet: TracedPacket, iif: Interface) -> Flow:
     )
 
 
-def question_of(packet: TracedPacket, facts: Facts, objects: ClusterAddresses) -> Question:
+def question_of(packet: TracedPacket, facts: TraceFacts, objects: ClusterAddresses) -> Question:
     """Return the names and facts for a trace."""
     nodes = {address: node for address, node in objects.endpoint_nodes.items() if node}
     nodes |= {address: name for name, addresses in objects.nodes.items() for address in addresses}
@@ -104,7 +104,7 @@ def trace_kernel(packet: TracedPacket, objects: ClusterAddresses | None) -> Pack
     family = family_of(packet.destination)
     program = read_rules(family).program()
     routes = Routes(family)
-    facts = Facts(
+    facts = TraceFacts(
         local_addresses=frozenset(map(number_of, read_addresses(family))),
         complete=True,
         recent={name: frozenset(map(number_of, addresses)) for name, addresses in read_recent_lists().items()},

@@ -134,7 +134,7 @@ class Flow(Struct, frozen=True, kw_only=True):
         )
 
 
-class Facts(Struct, frozen=True, kw_only=True):
+class TraceFacts(Struct, frozen=True, kw_only=True):
     """What is known about the node besides its rules.
 
     `local_addresses` are addresses of the node, all of them if `complete`. `foreign_addresses` are known not to be the

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from kproxy.diagnose.trace.flow import ALL_BITS, Bits, Facts, Flow, Truth
+from kproxy.diagnose.trace.flow import ALL_BITS, Bits, Flow, TraceFacts, Truth
 from kproxy.diagnose.trace.program import (
     Action,
     Base,
@@ -74,7 +74,7 @@ _EVALUATED = {
     "pkttype", "icmp", "icmp6", "ah", "esp",
 }  # fmt: skip
 
-Match: TypeAlias = Callable[[Flow, Facts], Truth]
+Match: TypeAlias = Callable[[Flow, TraceFacts], Truth]
 
 
 class _Option(Struct):
@@ -266,7 +266,7 @@ def _interface_check(option: _Option, *, incoming: bool) -> Check:
 def interface_check(pattern: str, text: str, *, incoming: bool, negated: bool) -> Check:
     """Return the check that the input or output interface has a name, or a prefix followed by `*`."""
 
-    def test(flow: Flow, _: Facts) -> Truth:
+    def test(flow: Flow, _: TraceFacts) -> Truth:
         found = (flow.iif if incoming else flow.oif).matches(pattern)
         return negate(found) if negated else found
 
@@ -286,7 +286,7 @@ def _local_check(option: _Option) -> Check:
 def local_check(text: str, *, of_source: bool, negated: bool) -> Check:
     """Return the check that the source or destination is an address of the node."""
 
-    def test(flow: Flow, facts: Facts) -> Truth:
+    def test(flow: Flow, facts: TraceFacts) -> Truth:
         found = facts.is_local(flow, flow.source if of_source else flow.destination)
         return negate(found) if negated else found
 
@@ -375,7 +375,7 @@ def _states(argument: str, _: Family) -> Match:
 def _statuses(argument: str, _: Family) -> Match:
     statuses = {each.lower() for each in argument.split(",")}
 
-    def test(flow: Flow, _: Facts) -> Truth:
+    def test(flow: Flow, _: TraceFacts) -> Truth:
         established = flow.state == "established"
         present = {"assured", "confirmed", "seen_reply"} if established else set()
         if statuses & present:
@@ -388,7 +388,7 @@ def _statuses(argument: str, _: Family) -> Match:
 def _address_type(argument: str, *, of_source: bool) -> Match | None:
     kinds = set(argument.split(","))
 
-    def test(flow: Flow, facts: Facts) -> Truth:
+    def test(flow: Flow, facts: TraceFacts) -> Truth:
         address = flow.source if of_source else flow.destination
         multicast = ip_address(_packed(flow, address)).is_multicast
         if not of_source and flow.redirected:
@@ -407,7 +407,7 @@ def _packed(flow: Flow, address: int) -> bytes:
     return address.to_bytes(16 if flow.family is Family.IPV6 else 4, "big")
 
 
-def _may_be_broadcast(flow: Flow, facts: Facts, address: int) -> bool:
+def _may_be_broadcast(flow: Flow, facts: TraceFacts, address: int) -> bool:
     """Return whether an address can be the broadcast address of a network of the node."""
     if flow.family is Family.IPV6 or flow.protocol != "UDP" or facts.is_local(flow, address) is True:
         return False
@@ -448,7 +448,7 @@ def _tcp_flags(argument: str, _: Family) -> Match:
     examined = {"FIN", "SYN", "RST", "PSH", "ACK", "URG"} if mask == "ALL" else set(mask.split(","))
     expected: set[str] = set() if wanted == "NONE" else examined if wanted == "ALL" else set(wanted.split(","))
 
-    def test(flow: Flow, _: Facts) -> Truth:
+    def test(flow: Flow, _: TraceFacts) -> Truth:
         if flow.state == "established" or flow.entry == "established":
             return {"SYN", "ACK"} & examined == expected if flow.reply else None
         return {"SYN"} & examined == expected
@@ -502,7 +502,7 @@ def _statistic(options: _Options) -> Action:
     if any(each.name in ("--probability", "--every") and each.negated for each in options.options):
         probability = None if probability is None else 1 - probability
 
-    def run(flow: Flow, _: Facts) -> tuple[Way, ...]:
+    def run(flow: Flow, _: TraceFacts) -> tuple[Way, ...]:
         if probability == 1:
             return (Way(flow),)
         rest = None if probability is None else 1 - probability
@@ -525,7 +525,7 @@ def _recent(options: _Options) -> list[Check | Action]:
     text = " ".join(["-m recent", *(each.text for each in options.options if each.owner == "recent")])
     exact = options.value("--mask", "recent") in ("", "255.255.255.255", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff")
 
-    def test(flow: Flow, facts: Facts) -> Truth:
+    def test(flow: Flow, facts: TraceFacts) -> Truth:
         if facts.recent is None or not exact or options.has("--hitcount") or options.has("--rttl"):
             return None
         found = flow.source in facts.recent.get(name, ())
@@ -623,7 +623,7 @@ def _dnat(options: _Options, _: Family) -> Action:
         return unknown_action(f"-j DNAT --to-destination {text}")
     port = int(found[2]) if found[2] else None
 
-    def run(flow: Flow, _: Facts) -> tuple[Way, ...]:
+    def run(flow: Flow, _: TraceFacts) -> tuple[Way, ...]:
         to = flow.destination if address is None else address
         return (Way(flow.translated(to, port or flow.port), Decision("accept")),)
 
@@ -638,7 +638,7 @@ def _snat(options: _Options, _: Family) -> Action:
 def _redirect(options: _Options, _: Family) -> Action:
     ports = options.value("--to-ports")
 
-    def run(flow: Flow, _: Facts) -> tuple[Way, ...]:
+    def run(flow: Flow, _: TraceFacts) -> tuple[Way, ...]:
         return (redirection(flow, int(ports) if ports.isdecimal() else flow.port),)
 
     return Action(run, "-j REDIRECT")

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from msgspec.structs import replace
 
-from kproxy.diagnose.trace.flow import ALL_BITS, Bits, Facts, Flow, Truth
+from kproxy.diagnose.trace.flow import ALL_BITS, Bits, Flow, TraceFacts, Truth
 from kproxy.diagnose.trace.iptables_save import interface_check, local_check, redirection
 from kproxy.diagnose.trace.nft_syntax import rule_text, statement_text
 from kproxy.diagnose.trace.nft_values import Drawn, Found, Sets, compare, evaluate, look_up
@@ -202,10 +202,10 @@ def _only_address(flags: Json) -> bool:
     return flags in ("saddr", "daddr", ["saddr"], ["daddr"])
 
 
-def _comparison(left: Json, operator: str, right: Json, sets: Sets) -> Callable[[Flow, Facts], Truth]:
+def _comparison(left: Json, operator: str, right: Json, sets: Sets) -> Callable[[Flow, TraceFacts], Truth]:
     """Return the test of a comparison. A comparison in an unexpected form is unknown."""
 
-    def test(flow: Flow, facts: Facts) -> Truth:
+    def test(flow: Flow, facts: TraceFacts) -> Truth:
         try:
             return compare(evaluate(left, flow, facts), operator, right, sets)
         except _UNEXPECTED:
@@ -238,7 +238,7 @@ def _vmap(content: Json, sets: Sets) -> Action:
     key, data = content["key"], content["data"]
     reason = statement_text({"vmap": content})
 
-    def run(flow: Flow, facts: Facts) -> tuple[Way, ...]:
+    def run(flow: Flow, facts: TraceFacts) -> tuple[Way, ...]:
         ways = []
         every = _look_up(key, data, flow, facts, sets)
         for found in every:
@@ -252,7 +252,7 @@ def _vmap(content: Json, sets: Sets) -> Action:
     return Action(run, reason, changes=False)
 
 
-def _look_up(key: Json, data: Json, flow: Flow, facts: Facts, sets: Sets) -> list[Found]:
+def _look_up(key: Json, data: Json, flow: Flow, facts: TraceFacts, sets: Sets) -> list[Found]:
     """Return the possible results of a lookup. One in an unexpected form can have any result."""
     try:
         return look_up(evaluate(key, flow, facts), data, sets)
@@ -290,7 +290,7 @@ def _mangle(content: Json, sets: Sets) -> Action:
     if key == {"meta": {"key": "mark"}} or (isinstance(key, dict) and key.get("ct", {}).get("key") == "mark"):
         field = "mark" if "meta" in key else "connection_mark"
 
-        def run(flow: Flow, facts: Facts) -> tuple[Way, ...]:
+        def run(flow: Flow, facts: TraceFacts) -> tuple[Way, ...]:
             return (Way(replace(flow, **{field: _mark_value(value, flow, facts)})),)
 
         return Action(run)
@@ -304,7 +304,7 @@ def _mangle(content: Json, sets: Sets) -> Action:
     return change(lambda flow: flow)
 
 
-def _mark_value(value: Json, flow: Flow, facts: Facts) -> Bits:
+def _mark_value(value: Json, flow: Flow, facts: TraceFacts) -> Bits:
     if isinstance(value, int):
         return Bits(value & ALL_BITS)
     if isinstance(value, str):
@@ -319,7 +319,7 @@ def _mark_value(value: Json, flow: Flow, facts: Facts) -> Bits:
 def _reject(content: Json, _: Sets) -> Action:
     kind = content or {}
 
-    def run(flow: Flow, _: Facts) -> tuple[Way, ...]:
+    def run(flow: Flow, _: TraceFacts) -> tuple[Way, ...]:
         version = "icmp6" if flow.family is Family.IPV6 else "icmp"
         reset = kind.get("type") == "tcp reset"
         detail = "tcp-reset" if reset else f"{version}-{kind.get('expr', 'port-unreachable')}"
@@ -349,7 +349,7 @@ def _dnat(content: Json, sets: Sets) -> Action:
     address, port = content.get("addr"), content.get("port")
     reason = statement_text({"dnat": content})
 
-    def run(flow: Flow, facts: Facts) -> tuple[Way, ...]:
+    def run(flow: Flow, facts: TraceFacts) -> tuple[Way, ...]:
         ways = []
         for found in _targets(address, port, flow, facts, sets):
             if found.data is None:
@@ -366,7 +366,7 @@ def _dnat(content: Json, sets: Sets) -> Action:
     return Action(run, reason)
 
 
-def _targets(address: Json, port: Json, flow: Flow, facts: Facts, sets: Sets) -> list[Found]:
+def _targets(address: Json, port: Json, flow: Flow, facts: TraceFacts, sets: Sets) -> list[Found]:
     """Return the possible targets: an address, or an address and a port, as data of a map's element."""
     if isinstance(address, dict) and "map" in address:
         mapping = address["map"]

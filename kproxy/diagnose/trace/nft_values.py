@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from msgspec import Struct
 
-from kproxy.diagnose.trace.flow import ALL_BITS, Bits, Facts, Flow, Interface, Truth
+from kproxy.diagnose.trace.flow import ALL_BITS, Bits, Flow, Interface, TraceFacts, Truth
 from kproxy.model.types import Family
 
 Json: TypeAlias = Any
@@ -52,7 +52,7 @@ _TRANSPORT = {"tcp": 6, "udp": 17, "sctp": 132}
 _OTHER_TRANSPORT = {"dccp", "udplite", "icmp", "icmpv6", "ah", "esp", "comp", "gre", "igmp", "arp", "vxlan", "geneve"}
 
 
-def evaluate(expression: Json, flow: Flow, facts: Facts) -> Value:
+def evaluate(expression: Json, flow: Flow, facts: TraceFacts) -> Value:
     """Return the value of an expression."""
     if not isinstance(expression, dict):
         return Special.UNKNOWN
@@ -165,7 +165,7 @@ def _status(flow: Flow) -> frozenset[str]:
     return frozenset(found)
 
 
-def _fib(content: Json, flow: Flow, facts: Facts) -> Value:
+def _fib(content: Json, flow: Flow, facts: TraceFacts) -> Value:
     flags, result = content["flags"], content["result"]
     if isinstance(flags, str):
         flags = [flags]
@@ -178,7 +178,7 @@ def _fib(content: Json, flow: Flow, facts: Facts) -> Value:
     return Special.UNKNOWN if local is None else "local" if local else _other_type(flow, facts, address)
 
 
-def _other_type(flow: Flow, facts: Facts, address: int) -> str:
+def _other_type(flow: Flow, facts: TraceFacts, address: int) -> str:
     size = 16 if flow.family is Family.IPV6 else 4
     if ip_address(address.to_bytes(size, "big")).is_multicast:
         return "multicast"
@@ -186,7 +186,7 @@ def _other_type(flow: Flow, facts: Facts, address: int) -> str:
     return "not-local" if broadcast and address not in facts.foreign_addresses else "unicast"
 
 
-def _binary(operator: str, content: Json, flow: Flow, facts: Facts) -> Value:
+def _binary(operator: str, content: Json, flow: Flow, facts: TraceFacts) -> Value:
     left, right = content[0], content[1]
     value = evaluate(left, flow, facts)
     constant = flag_number(right)

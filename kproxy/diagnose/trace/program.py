@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from msgspec import Struct, field
 
-from kproxy.diagnose.trace.flow import Facts, Flow, Truth
+from kproxy.diagnose.trace.flow import Flow, TraceFacts, Truth
 
 Hook: TypeAlias = Literal["ingress", "prerouting", "input", "forward", "output", "postrouting"]
 ChainKey: TypeAlias = tuple[str, str, str]
@@ -59,7 +59,7 @@ class Check(Struct, frozen=True):
     `assume` returns the packet under the assumption that an unknown condition is true or false.
     """
 
-    test: Callable[[Flow, Facts], Truth]
+    test: Callable[[Flow, TraceFacts], Truth]
     text: str = ""
     assume: Callable[[Flow, bool], Flow] = lambda flow, _: flow
 
@@ -70,7 +70,7 @@ class Action(Struct, frozen=True):
     `reason` says why the way is unknown, if it is. `changes` is false if the packet itself always stays the same.
     """
 
-    run: Callable[[Flow, Facts], tuple[Way, ...]]
+    run: Callable[[Flow, TraceFacts], tuple[Way, ...]]
     reason: str = ""
     changes: bool = True
 
@@ -135,12 +135,12 @@ def unknown_action(reason: str) -> Action:
     )
 
 
-def always(_: Flow, __: Facts) -> Truth:
+def always(_: Flow, __: TraceFacts) -> Truth:
     """Return True: a condition that every packet meets."""
     return True
 
 
-def never_known(_: Flow, __: Facts) -> Truth:
+def never_known(_: Flow, __: TraceFacts) -> Truth:
     """Return None: a condition that cannot be evaluated."""
     return None
 

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from msgspec import Struct
 
 from kproxy.diagnose.report import Report, ReportPart
-from kproxy.diagnose.trace.flow import Bits, Facts, Flow, Interface, number_of, socket_text
+from kproxy.diagnose.trace.flow import Bits, Flow, Interface, TraceFacts, number_of, socket_text
 from kproxy.diagnose.trace.program import Program, RuleSource
 from kproxy.diagnose.trace.result import Outcome
 from kproxy.diagnose.trace.walk import Cause, Path, Step, TooManyWaysError, Walk, walk
@@ -152,7 +152,7 @@ class Question(Struct, frozen=True):
     `nodes` maps addresses to node names, `reachable` are addresses that need no Service: those of Pods and nodes.
     """
 
-    facts: Facts
+    facts: TraceFacts
     nodes: Mapping[str, str] = {}
     reachable: frozenset[str] = frozenset()
     source_name: str = ""

@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from msgspec import Struct
 from msgspec.structs import replace
 
-from kproxy.diagnose.trace.flow import NO_INTERFACE, Facts, Flow, Interface, address_text, socket_text
+from kproxy.diagnose.trace.flow import NO_INTERFACE, Flow, Interface, TraceFacts, address_text, socket_text
 from kproxy.diagnose.trace.program import Action, Base, ChainKey, Check, Decision, Hook, Program, Rule, RuleSource, Way
 from kproxy.diagnose.trace.result import Outcome, Result, certain, either, mixture
 from kproxy.model.types import Family
@@ -132,7 +132,7 @@ class TooManyWaysError(Exception):
     """So many rules cannot be evaluated that following all ways is pointless."""
 
 
-def walk(program: Program, facts: Facts, flow: Flow, *, max_paths: int = 256) -> Walk:
+def walk(program: Program, facts: TraceFacts, flow: Flow, *, max_paths: int = 256) -> Walk:
     """Follow a packet. It begins at the first hook: `output` if its input interface is "", otherwise `prerouting`.
 
     Raises `TooManyWaysError`.
@@ -152,7 +152,7 @@ def walk(program: Program, facts: Facts, flow: Flow, *, max_paths: int = 256) ->
 class _Walker:
     """Explores the graph of positions."""
 
-    def __init__(self, program: Program, facts: Facts) -> None:
+    def __init__(self, program: Program, facts: TraceFacts) -> None:
         self._program = program
         self._facts = facts
         self.nodes: dict[Position, Junction] = {}
@@ -571,7 +571,7 @@ def _tracked(flow: Flow, phase: Phase, priority: int) -> Flow:
     return flow
 
 
-def _route(facts: Facts, flow: Flow) -> Interface:
+def _route(facts: TraceFacts, flow: Flow) -> Interface:
     """Return the output interface of a packet."""
     if facts.is_local(flow, flow.destination):
         return Interface("lo")
