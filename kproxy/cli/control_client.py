@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -17,6 +18,7 @@ from kproxy.model.daemon_status import CONTROL_NAME, DaemonStatus
 from kproxy.model.object_page import ObjectPage
 from kproxy.model.service_state import ServiceState
 from kproxy.model.types import ServiceKey
+from kproxy.serve.control import peer_user
 
 TIMEOUT_SECONDS = 10.0
 NO_DAEMON = (
@@ -33,6 +35,9 @@ class _ControlConnection(HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(TIMEOUT_SECONDS)
         self.sock.connect(CONTROL_NAME)
+        if (user := peer_user(self.sock)) not in {0, os.geteuid()}:
+            # Any process may listen at the name of an abstract socket while no daemon does.
+            raise CannotTellError(f"a process of user {user}, which is not a kproxy daemon, has the control socket")
 
 
 def fetch_status() -> DaemonStatus:

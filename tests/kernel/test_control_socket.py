@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,31 @@ def test_only_root_may_ask(lab: Lab, tmp_path: Path) -> None:
         assert done.stderr == "kproxy: the kproxy daemon refuses: only root may ask the daemon\n"
         assert command(lab, "log-level", "4", user=NOBODY).returncode == 3
         assert command(lab, "log-level").stdout == "0\n"
+
+
+SQUATTER = """
+import socket
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("\\0kproxy/control/v1")
+listener.listen()
+print("listening", flush=True)
+listener.accept()[0].recv(1)
+"""
+
+
+def test_answers_of_other_users_are_refused(lab: Lab, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        squatter = lab.node.namespace.popen(
+            ["setpriv", f"--reuid={NOBODY}", "--clear-groups", sys.executable, "-c", SQUATTER], file
+        )
+    try:
+        wait_until(lambda: output.read_text() == "listening\n", "the other program listens")
+        done = command(lab, "status")
+        assert done.returncode == 3
+        assert "which is not a kproxy daemon" in done.stderr
+    finally:
+        squatter.kill()
 
 
 def test_log_level_changes_while_the_daemon_runs(lab: Lab, tmp_path: Path) -> None:
