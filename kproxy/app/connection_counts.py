@@ -90,5 +90,8 @@ class ScrapedConnections:
         except CountsUnavailableError as error:
             if self._reminder.is_due(time.monotonic()):
                 log.warning("kproxy.serviceConnectionMetrics: %s", error)
+        except Exception as error:  # the thread has nobody else to report to
+            log.error("kproxy.serviceConnectionMetrics: unexpected %r", error)
+            log.debug("kproxy.serviceConnectionMetrics", exc_info=error)
         finally:
             self._idle.set()

@@ -23,8 +23,7 @@ from kproxy.model.daemon_status import (
     SourceStatus,
 )
 from kproxy.model.object_page import PAGE_SERVICES, ObjectPage
-from kproxy.model.plan import plan_service
-from kproxy.model.service_state import FamilyServiceState, ServiceState
+from kproxy.model.service_state import FamilyServiceState, FamilyWaiting, ServiceState
 from kproxy.model.store import Store
 from kproxy.model.sync_report import RepairReport, SyncReport
 from kproxy.model.types import Family, ServiceKey
@@ -90,6 +89,7 @@ class DaemonControl:
         origin: Callable[[], ObjectOrigin],
         configuration: Mapping[str, object],
         log: DaemonLog,
+        dispatch_threshold: int,
         verbosity: int,
         clock: Callable[[], float],
     ) -> None:
@@ -103,6 +103,7 @@ class DaemonControl:
         self._origin = origin
         self._configuration = configuration
         self._log = log
+        self._dispatch_threshold = dispatch_threshold
         self._verbosity = verbosity
         self._clock = clock
         self._started = clock()
@@ -238,10 +239,9 @@ class DaemonControl:
             service, slices = self._store.service(key), self._store.slices(key)
             families = {}
             for family, sync in self._families.items():
-                context, record = sync.applied_context, self._records[family]
+                record = self._records[family]
                 families[family] = FamilyServiceState(
-                    context=context,
-                    plans=plan_service(service, slices, context) if service and context else (),
+                    context=sync.applied_context,
                     pending=key in sync.pending_services(),
                     quarantined=sync.quarantined_services().get(key, ""),
                     failure=record.failure,
@@ -257,7 +257,16 @@ class DaemonControl:
                 invalid=self._store.is_invalid(key),
                 slices=tuple(slices),
                 families=families,
+                iptables_dispatch_threshold=self._dispatch_threshold,
             )
+
+    def waiting(self) -> dict[Family, FamilyWaiting]:
+        """Return the Services that the kernel does not have as they are."""
+        with self._store.lock:
+            return {
+                family: FamilyWaiting(tuple(sync.pending_services()), sync.quarantined_services())
+                for family, sync in self._families.items()
+            }
 
     def objects(self, page: int) -> ObjectPage:
         """Return a page of the objects, in the order of their names. The first page has the number 0."""

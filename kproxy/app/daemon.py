@@ -27,7 +27,6 @@ from kproxy.app.backends import (
     watched_kinds,
     watches_addresses,
 )
-from kproxy.app.connection_counts import ScrapedConnections, read_counts_of
 from kproxy.app.control import DaemonControl, DaemonLog, ObjectOrigin
 from kproxy.app.family_contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
@@ -240,6 +239,8 @@ class Daemon:
         serving.metrics.track_invalid_services(lambda: store.invalid_services)
         serving.metrics.track_invalid_endpoints(lambda: store.invalid_endpoints)
         if limit := config.kproxy.service_connection_metrics:
+            from kproxy.app.connection_counts import ScrapedConnections, read_counts_of  # noqa: PLC0415 - rarely used
+
             read = partial(read_counts_of, config.effective_mode, tuple(families))
             serving.metrics.track_service_connections(ScrapedConnections(limit, read))
         watch = NodeMonitor(
@@ -417,6 +418,7 @@ class Daemon:
             origin=self._origin,
             configuration=as_document(self._config),
             log=self._own_log,
+            dispatch_threshold=self._config.kproxy.iptables_dispatch_threshold,
             verbosity=self._config.logging.verbosity,
             clock=time.monotonic,
         )

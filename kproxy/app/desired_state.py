@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from msgspec import Struct
 
@@ -15,7 +15,8 @@ from kproxy.host.nfacct import has_counters
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.context import Context
 from kproxy.model.delta import Replace
-from kproxy.model.service_state import ServiceState
+from kproxy.model.object_page import ObjectPage
+from kproxy.model.service_state import FamilyWaiting, ServiceState
 from kproxy.model.store import Store
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR
@@ -28,7 +29,8 @@ MakeContext = Callable[[Node | None], Context]
 class DesiredState(Struct, frozen=True):
     """The desired state of the node: where it comes from, the mode, and the plans of each family.
 
-    `contexts` make the context of each family for a Node object. `notes` are reasons for which the kernel may differ.
+    `contexts` make the context of each family for a Node object. `dispatch_threshold` is the setting
+    `kproxy.iptablesDispatchThreshold`. `notes` are reasons for which the kernel may differ.
     """
 
     source: str
@@ -37,6 +39,7 @@ class DesiredState(Struct, frozen=True):
     store: Store
     families: Mapping[Family, PlannedFamily]
     contexts: Mapping[Family, MakeContext]
+    dispatch_threshold: int
     notes: tuple[str, ...] = ()
 
     @property
@@ -50,11 +53,14 @@ def from_files(config: Config, objects: str, contexts: Mapping[Family, MakeConte
     store = load_store(config, objects)
     mode = config.effective_mode
     families = _plan_all(store, contexts, mode)
-    return DesiredState(objects, mode, local_node_name(config), store, families, contexts)
+    threshold = config.kproxy.iptables_dispatch_threshold
+    return DesiredState(objects, mode, local_node_name(config), store, families, contexts, threshold)
 
 
-def from_daemon(states: list[ServiceState], empty: ServiceState) -> DesiredState:
-    """Return the desired state that a daemon has, given the states of its Services.
+def from_daemon(
+    pages: Iterable[ObjectPage], waiting: Mapping[Family, FamilyWaiting], empty: ServiceState
+) -> DesiredState:
+    """Return the desired state that a daemon has, given its objects and what is `waiting`.
 
     `empty` is what the daemon knows about a Service that does not exist. Raises `SyncError` if the daemon has not
     programmed any rules yet.
@@ -64,15 +70,24 @@ def from_daemon(states: list[ServiceState], empty: ServiceState) -> DesiredState
     if not known:
         raise SyncError("the daemon has not programmed any rules yet; see `kproxy status`")
     cidrs = dict.fromkeys(cidr for context in known.values() for cidr in context.service_cidrs)
+    found = list(pages)
     store = Store(empty.node_name, (Service, EndpointSlice, Node, ServiceCIDR))
-    store.apply(Replace(Service, tuple(each.service for each in states if each.service is not None)))
-    store.apply(Replace(EndpointSlice, tuple(slice_ for each in states for slice_ in each.slices)))
+    store.apply(Replace(Service, tuple(service for page in found for service in page.services)))
+    store.apply(Replace(EndpointSlice, tuple(each for page in found for each in page.slices)))
     store.apply(Replace(Node, (empty.node,) if empty.node is not None else ()))
     store.apply(Replace(ServiceCIDR, _cidr_objects(cidrs)))
     makers = {family: _constant(context) for family, context in known.items()}
     families = _plan_all(store, makers, empty.mode)
-    notes = tuple(_notes(states))
-    return DesiredState("the daemon", empty.mode, empty.node_name, store, families, makers, notes)
+    return DesiredState(
+        source="the daemon",
+        mode=empty.mode,
+        node_name=empty.node_name,
+        store=store,
+        families=families,
+        contexts=makers,
+        dispatch_threshold=empty.iptables_dispatch_threshold,
+        notes=tuple(_notes(waiting)),
+    )
 
 
 def assumed_contexts(config: Config) -> dict[Family, MakeContext]:
@@ -135,12 +150,9 @@ def _constant(context: Context) -> MakeContext:
     return lambda _: context
 
 
-def _notes(states: list[ServiceState]) -> list[str]:
-    notes = []
-    for state in states:
-        for family, each in state.families.items():
-            if each.quarantined:
-                notes.append(f"{family.value}: the kernel rejects the rules of {state.key}: {each.quarantined}")
-            elif each.pending:
-                notes.append(f"{family.value}: a change of {state.key} has not been programmed yet")
-    return notes
+def _notes(waiting: Mapping[Family, FamilyWaiting]) -> Iterator[str]:
+    for family, each in waiting.items():
+        for key, reason in sorted(each.quarantined.items()):
+            yield f"{family.value}: the kernel rejects the rules of {key}: {reason}"
+        for key in sorted({*each.pending} - each.quarantined.keys()):
+            yield f"{family.value}: a change of {key} has not been programmed yet"

@@ -89,7 +89,7 @@ def _dry_run(config: Config, objects: str, output: str) -> int:
     try:
         check_privileges()
         state = kernel_state(config, objects)
-        differences = family_differences(config, state)
+        differences = family_differences(state)
         trials = try_rules(config, state)
     except FileSourceError as error:
         raise CommandFailedError(str(error)) from None

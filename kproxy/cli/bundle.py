@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kproxy import __version__
-from kproxy.cli.console import CannotTellError, CommandFailedError, show
+from kproxy.cli.console import CannotTellError, CommandFailedError, UsageError, show
 from kproxy.cli.control_client import fetch_configuration, fetch_log, fetch_metrics, fetch_objects, fetch_status
 from kproxy.cli.parser import COMMANDS, HelpFormatter
 from kproxy.diagnose.anonymize import Anonymizer
@@ -84,6 +84,8 @@ def add_command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
 def _bundle(options: argparse.Namespace) -> None:
     if os.geteuid():
         raise CannotTellError("only root may read the rules and ask the daemon: run this command as root")
+    if options.file == "-" and sys.stdout.isatty():
+        raise UsageError("refusing to write an archive to a terminal: redirect the output to a file")
     path = options.file or time.strftime("kproxy-bundle-%Y%m%d-%H%M%S.tar.gz", time.gmtime())
     anonymizer = Anonymizer(secrets.token_bytes(16)) if options.anonymize else None
     data = archive(collect(anonymizer))
@@ -92,7 +94,10 @@ def _bundle(options: argparse.Namespace) -> None:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
         else:
-            Path(path).write_bytes(data)
+            # Only root may read it, and it must not overwrite a file or follow a link that somebody else has put there.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(path, flags, 0o600), "wb") as file:
+                file.write(data)
             show(f"{path}\n")
     except BrokenPipeError:
         raise
@@ -173,7 +178,8 @@ def _status() -> object:
     from kproxy.diagnose.report import document
     from kproxy.diagnose.status import make_status
 
-    return document(make_status(fetch_status(), read_conntrack(), host_findings()))
+    daemon = fetch_status()
+    return document(make_status(daemon, read_conntrack(), host_findings(daemon)))
 
 
 def _versions() -> str:

@@ -12,12 +12,14 @@ from typing import TypeVar
 from urllib.parse import quote
 
 import msgspec
+from msgspec.structs import replace
 
 from kproxy.cli.console import CannotTellError
 from kproxy.model.daemon_status import CONTROL_NAME, DaemonStatus
 from kproxy.model.object_page import ObjectPage
-from kproxy.model.service_state import ServiceState
-from kproxy.model.types import ServiceKey
+from kproxy.model.plan import plan_service
+from kproxy.model.service_state import FamilyWaiting, ServiceState
+from kproxy.model.types import Family, ServiceKey
 from kproxy.serve.control import peer_user
 
 TIMEOUT_SECONDS = 10.0
@@ -53,7 +55,19 @@ def fetch_service_names() -> list[ServiceKey]:
 def fetch_service(key: ServiceKey) -> ServiceState:
     """Return what the daemon knows about one Service. Raises `CannotTellError`."""
     namespace, _, name = key.partition("/")
-    return _fetch("GET", f"/services/{quote(namespace, safe='')}/{quote(name, safe='')}", ServiceState)
+    state = _fetch("GET", f"/services/{quote(namespace, safe='')}/{quote(name, safe='')}", ServiceState)
+    if state.service is None:
+        return state
+    families = {
+        family: replace(each, plans=plan_service(state.service, state.slices, each.context)) if each.context else each
+        for family, each in state.families.items()
+    }
+    return replace(state, families=families)
+
+
+def fetch_waiting() -> dict[Family, FamilyWaiting]:
+    """Return the Services that the kernel does not have as they are. Raises `CannotTellError`."""
+    return _fetch("GET", "/waiting", dict[Family, FamilyWaiting])
 
 
 def fetch_objects() -> Iterator[ObjectPage]:

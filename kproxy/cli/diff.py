@@ -99,7 +99,7 @@ def _kernel(options: argparse.Namespace, config: Config) -> int:
 
     check_privileges()
     state = kernel_state(config, options.objects) if options.objects else _daemon_state()
-    return _show_rules(options, state, family_differences(config, state))
+    return _show_rules(options, state, family_differences(state))
 
 
 def kernel_state(config: Config, objects: str) -> DesiredState:
@@ -115,7 +115,7 @@ def kernel_state(config: Config, objects: str) -> DesiredState:
     )
 
 
-def family_differences(config: Config, state: DesiredState) -> tuple[FamilyDifference, ...]:
+def family_differences(state: DesiredState) -> tuple[FamilyDifference, ...]:
     """Compare a desired state with the kernel. Raises `SyncError` or `StartError` if it cannot be read."""
     from msgspec.structs import replace
 
@@ -126,7 +126,7 @@ def family_differences(config: Config, state: DesiredState) -> tuple[FamilyDiffe
 
     found = []
     for family, planned in state.families.items():
-        difference = _family_difference(config, state.mode, family, planned)
+        difference = _family_difference(state, family, planned)
         try:
             remains = remains_of_other_mode(family, state.mode)
         except (CommandError, OSError) as error:
@@ -137,7 +137,7 @@ def family_differences(config: Config, state: DesiredState) -> tuple[FamilyDiffe
     return tuple(found)
 
 
-def _family_difference(config: Config, mode: str, family: Family, planned: PlannedFamily) -> FamilyDifference:
+def _family_difference(state: DesiredState, family: Family, planned: PlannedFamily) -> FamilyDifference:
     from kproxy.app.kernel_difference import compare_iptables, compare_nftables, iptables_runners, list_chains
     from kproxy.diagnose.difference_iptables import iptables_difference
     from kproxy.diagnose.difference_nftables import (
@@ -148,10 +148,10 @@ def _family_difference(config: Config, mode: str, family: Family, planned: Plann
     )
     from kproxy.model.sync_report import SyncError
 
-    if mode == "iptables":
+    if state.mode == "iptables":
         if (runner := iptables_runners().get(family)) is None:
             raise SyncError(f"{family.value}: iptables does not work on this node")
-        damaged = compare_iptables(runner, planned, config.kproxy.iptables_dispatch_threshold)
+        damaged = compare_iptables(runner, planned, state.dispatch_threshold)
         return iptables_difference(damaged.desired, damaged.damage, damaged.found)
     compared = compare_nftables(planned)
     if compared.parts is not None and compared.repair is not None:
@@ -210,10 +210,9 @@ def _show_rules(options: argparse.Namespace, state: DesiredState, differences: t
 
 def _daemon_state() -> DesiredState:
     from kproxy.app.desired_state import from_daemon
-    from kproxy.cli.control_client import fetch_service, fetch_service_names
+    from kproxy.cli.control_client import fetch_objects, fetch_service, fetch_waiting
 
-    states = [fetch_service(key) for key in fetch_service_names()]
-    return from_daemon(states, fetch_service("/"))
+    return from_daemon(fetch_objects(), fetch_waiting(), fetch_service("/"))
 
 
 # Other objects
@@ -232,7 +231,7 @@ def _against(options: argparse.Namespace, config: Config) -> int:
     for family, planned in state.families.items():
         old, new = planned.plans, after[family].plans
         services += service_differences(family.value, old, new, _flows(family) if old != new else None)
-    rules = tuple(written(state, config, after, state.mode, config))
+    rules = tuple(written(state, after, state.mode, state.dispatch_threshold))
     report = ObjectsDifference(
         mode=state.mode,
         node=state.node_name,
@@ -258,13 +257,16 @@ def _flows(family: Family) -> FlowCounts | None:
 
 
 def written(
-    before: DesiredState, config: Config, after: Mapping[Family, PlannedFamily], mode: str, new_config: Config
+    before: DesiredState, after: Mapping[Family, PlannedFamily], mode: str, dispatch_threshold: int
 ) -> Iterator[WrittenRules]:
-    """Count the rules and elements that the change of each family writes."""
+    """Count the rules and elements that the change of each family writes.
+
+    `after`, `mode` and `dispatch_threshold` are those after the change.
+    """
     from kproxy.diagnose.written_rules import Rendering, count_written
 
-    old_rendering = Rendering(before.mode, config.kproxy.iptables_dispatch_threshold)
-    rendering = Rendering(mode, new_config.kproxy.iptables_dispatch_threshold)
+    old_rendering = Rendering(before.mode, before.dispatch_threshold)
+    rendering = Rendering(mode, dispatch_threshold)
     for family, old in before.families.items():
         yield count_written(old, old_rendering, after[family], rendering)
 
@@ -293,7 +295,7 @@ def _against_config(options: argparse.Namespace, config: Config) -> int:
     if options.objects:
         before = from_files(old, options.objects, old_contexts)
         after = from_files(new, options.objects, new_contexts)
-        rules = list(written(before, old, after.families, after.mode, new))
+        rules = list(written(before, after.families, after.mode, after.dispatch_threshold))
         pairs = {family: (each.context, after.families[family].context) for family, each in before.families.items()}
     else:
         pairs = {family: (make(None), new_contexts[family](None)) for family, make in old_contexts.items()}

@@ -62,14 +62,19 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(command=_doctor)
 
 
-def host_facts(config: Config, server: str | None) -> HostFacts:
-    """Return the facts about this node. `server` is the value of `--master`."""
+def host_facts(config: Config, server: str | None, *, ask_api: bool = True) -> HostFacts:
+    """Return the facts about this node. `server` is the value of `--master`.
+
+    With `ask_api` false, the API server is not asked, and no kubeconfig is read.
+    """
     from kproxy.app.node_port_addresses import localhost_node_ports
     from kproxy.diagnose.host_facts import gather
     from kproxy.iptables.variant import use_host_variant
 
     use_host_variant(os.environ)
-    return gather(config, server, localhost_node_ports=lambda config: localhost_node_ports(config, Family.IPV4))
+    return gather(
+        config, server, localhost_node_ports=lambda config: localhost_node_ports(config, Family.IPV4), ask_api=ask_api
+    )
 
 
 def _doctor(options: argparse.Namespace) -> int:

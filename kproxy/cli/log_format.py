@@ -57,7 +57,10 @@ class RecentLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep the lines of one record."""
-        self._lines.append(self.format(record))
+        try:
+            self._lines.append(self.format(record))
+        except Exception:  # noqa: BLE001 - as in the handlers of the standard library
+            self.handleError(record)
 
     def lines(self) -> list[str]:
         """Return the latest lines, oldest first."""

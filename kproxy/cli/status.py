@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 
-from kproxy.cli.console import CannotTellError, show
-from kproxy.cli.control_client import fetch_configuration, fetch_status
+from kproxy.cli.console import show
+from kproxy.cli.control_client import fetch_status
 from kproxy.cli.output import ExitCode, Style, add_output_flag, show_report, table, terminal_style
 from kproxy.cli.parser import COMMANDS, HelpFormatter
+from kproxy.config.types import Mode
 from kproxy.diagnose.finding import Finding
 from kproxy.diagnose.status import ConntrackUse, Status, make_status
 from kproxy.host.sysctl import read_parameters
-from kproxy.model.daemon_status import FamilyStatus
+from kproxy.model.daemon_status import DaemonStatus, FamilyStatus
 
 EPILOG = """\
 examples:
@@ -52,9 +52,10 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _status(options: argparse.Namespace) -> int:
-    host = host_findings()
+    daemon = fetch_status()
+    host = host_findings(daemon)
     while True:
-        report = make_status(fetch_status(), read_conntrack(), host)
+        report = make_status(daemon, read_conntrack(), host)
         if options.watch and options.output == "text" and terminal_style().colored:
             show(_CLEAR)
         show_report(report, options.output, lambda style, report=report: status_lines(report, style))  # type: ignore[misc]
@@ -64,22 +65,21 @@ def _status(options: argparse.Namespace) -> int:
             time.sleep(WATCH_SECONDS)
         except KeyboardInterrupt:
             return ExitCode.WORKS
+        daemon = fetch_status()
 
 
-def host_findings() -> tuple[Finding, ...]:
-    """Return what `kproxy doctor` finds with the daemon's configuration. Raises `CannotTellError`."""
+def host_findings(daemon: DaemonStatus) -> tuple[Finding, ...]:
+    """Return what `kproxy doctor` finds on this node without asking the API server.
+
+    Of what the daemon has answered, only its mode and the name of the node are used: paths are those of its container,
+    and nothing that comes from a socket may decide which files this command reads.
+    """
     from kproxy.cli.doctor import host_facts
-    from kproxy.config import ConfigError
-    from kproxy.config.load import load_config
+    from kproxy.config import Config
     from kproxy.diagnose.doctor import findings
 
-    document = {"apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration"}
-    text = json.dumps({**document, **fetch_configuration()}).encode()
-    try:
-        config, _ = load_config(text, "the daemon's configuration")
-    except ConfigError as error:
-        raise CannotTellError(str(error)) from None
-    return findings(host_facts(config, None))
+    mode: Mode = "iptables" if daemon.mode == "iptables" else "nftables"
+    return findings(host_facts(Config(mode=mode, hostname_override=daemon.node), None, ask_api=False))
 
 
 def read_conntrack() -> ConntrackUse | None:

@@ -10,9 +10,13 @@ from msgspec.structs import replace
 
 from kproxy.model.types import EndpointSlice, Node, Service
 
-_NAME = r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?"
-_PAIR = re.compile(f"{_NAME}/{_NAME}")
-_WORD = re.compile(_NAME)
+_WORD = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?")
+_PATH = re.compile(r"[A-Za-z0-9.-]+(?:/[A-Za-z0-9.-]+)+")
+"""Words with slashes between them: `namespace/name`, also as part of something longer."""
+_LABEL = re.compile(r'\b(namespace|service)="([^"]*)"')
+"""A label of a metric."""
+_OBJECT = re.compile(r"\b(Service|EndpointSlice|Services) ([a-z0-9][a-z0-9.-]*/[a-z0-9][a-z0-9.-]*[a-z0-9])")
+"""An object in a log line, which may have been deleted since."""
 PUBLIC = frozenset({"default", "kubernetes", "kube-system", "kube-dns", "kube-public", "kube-node-lease"})
 """Names that every cluster has. They stay readable."""
 
@@ -37,7 +41,12 @@ class Anonymizer:
 
     def add_nodes(self, names: Iterable[str]) -> None:
         """Add the names of nodes."""
-        self._nodes.update((name, self.name(name)) for name in names if name)
+        for name in names:
+            host, dot, _ = name.lower().partition(".")
+            if name:
+                self._nodes[name.lower()] = self.name(name.lower())
+            if dot and not host.isalpha():  # a host with a name like `drop` would change rules
+                self._nodes[host] = self.name(name.lower())
 
     def name(self, name: str) -> str:
         """Return the replacement of one name: a valid name of a Kubernetes object."""
@@ -47,20 +56,39 @@ class Anonymizer:
 
     def text(self, text: str) -> str:
         """Return a text with all names that were added replaced."""
-        text = _PAIR.sub(self._replace_pair, text) if self._pairs else text
-        return _WORD.sub(lambda match: self._nodes.get(match[0], match[0]), text) if self._nodes else text
+        text = _LABEL.sub(lambda match: f'{match[1]}="{self.name(match[2])}"', text)
+        text = _OBJECT.sub(lambda match: f"{match[1]} {self._pair(match[2])}", text)
+        text = _PATH.sub(self._replace_path, text) if self._pairs else text
+        return _WORD.sub(self._replace_node, text) if self._nodes else text
 
-    def _replace_pair(self, match: re.Match[str]) -> str:
-        found = match[0]
-        if found in self._pairs:
-            return self._pairs[found]
-        # An nftables chain of kube-proxy is named `service-HASH-namespace/name/tcp/port`.
-        namespace, _, name = found.partition("/")
-        for separator in ("-", "."):
-            key = f"{namespace.rpartition(separator)[2]}/{name}"
-            if key in self._pairs:
-                return found[: -len(key)] + self._pairs[key]
-        return found
+    def _pair(self, key: str) -> str:
+        namespace, _, name = key.partition("/")
+        return f"{self.name(namespace)}/{self.name(name)}"
+
+    def _replace_path(self, match: re.Match[str]) -> str:
+        """Replace each known `namespace/name` in words with slashes between them."""
+        words = match[0].split("/")
+        for index in range(len(words) - 1):
+            # An nftables chain of kube-proxy is named `service-HASH-namespace/name/tcp/port`.
+            ends = {words[index], *(words[index].rpartition(mark)[2] for mark in "-.")}
+            bare = words[index + 1].rstrip(".-")
+            for namespace in sorted(ends, key=len, reverse=True):
+                if namespace and (found := self._pairs.get(f"{namespace}/{bare}")):
+                    new_namespace, _, new_name = found.partition("/")
+                    words[index] = words[index][: -len(namespace)] + new_namespace
+                    words[index + 1] = new_name + words[index + 1][len(bare) :]
+                    break
+        return "/".join(words)
+
+    def _replace_node(self, match: re.Match[str]) -> str:
+        """Replace the name of a node, also in other case and with or without its domain."""
+        word = match[0]
+        if (found := self._nodes.get(word.lower())) is not None:
+            return found
+        host, dot, domain = word.lower().partition(".")
+        if dot and (found := self._nodes.get(host)) is not None:
+            return f"{found}.{self.name(domain)}"
+        return word
 
 
 def anonymous_service(service: Service, anonymizer: Anonymizer) -> Service:

@@ -17,6 +17,7 @@ from kproxy.config.conntrack_sysctls import PARAMETERS, sysctl_changes
 from kproxy.config.types import Mode
 from kproxy.diagnose.api_facts import ApiInquiry
 from kproxy.diagnose.facts import (
+    ApiFacts,
     HostFacts,
     IptablesProgram,
     IptablesVariant,
@@ -67,12 +68,13 @@ def gather(
     server: str | None = None,
     *,
     localhost_node_ports: Callable[[Config], bool] = lambda _: False,
+    ask_api: bool = True,
 ) -> HostFacts:
     """Return the facts about this machine and this network namespace.
 
     `config` is kproxy's configuration, with or without a mode. `server` is the value of `--master`.
     `localhost_node_ports` returns whether a configuration with a mode needs NodePorts on 127.0.0.1. Facts that need
-    privileges are omitted if this process does not have them.
+    privileges are omitted if this process does not have them, and those about the API server unless `ask_api` is true.
     """
     net_admin = has_net_admin()
     ipv6_kernel = _IPV6.exists()
@@ -114,7 +116,8 @@ def gather(
     inquiry = ApiInquiry(
         config.client_connection.kubeconfig or None, server, name, frozenset().union(*addresses.values())
     )
-    inquiry.start()
+    if ask_api:
+        inquiry.start()
     process_facts = _processes(settings)
     own = process_facts.own[0] if process_facts.own else None
     return HostFacts(
@@ -136,7 +139,7 @@ def gather(
         rules=_rules(iptables),
         processes=process_facts,
         open_files=open_file_limit(own) if own else _own_file_limit(),
-        api=inquiry.result(),
+        api=inquiry.result() if ask_api else ApiFacts(),
     )
 
 

@@ -542,7 +542,9 @@ def _check_compatible(snapshot: TableSnapshot, context: Context) -> None:
     desired = {each.name: set_layout(each, context.family) for each in base_sets(context)}
     for name, layout in snapshot.sets.items():
         if name in desired and layout == replace(desired[name], counters=not desired[name].counters):
-            raise IncompatibleTableError(f"kproxy.connectionCounters has changed to {desired[name].counters}".lower())
+            raise IncompatibleTableError(
+                f"kproxy.connectionCounters has changed to {str(desired[name].counters).lower()}"
+            )
         if desired.get(name, layout) != layout:
             raise IncompatibleTableError(f"set {name} has a different type")
         if name not in desired and layout.has_verdicts:

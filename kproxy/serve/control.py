@@ -12,8 +12,8 @@ from urllib.parse import unquote
 
 from kproxy.model.daemon_status import CONTROL_NAME, DaemonStatus
 from kproxy.model.object_page import ObjectPage
-from kproxy.model.service_state import ServiceState
-from kproxy.model.types import ServiceKey
+from kproxy.model.service_state import FamilyWaiting, ServiceState
+from kproxy.model.types import Family, ServiceKey
 from kproxy.serve.http import Handler, HttpRequest, HttpResponse, json, plain
 from kproxy.serve.server import BACKLOG
 
@@ -31,6 +31,9 @@ class Control(Protocol):
 
     def service(self, key: ServiceKey) -> ServiceState:
         """Return the state of one Service."""
+
+    def waiting(self) -> Mapping[Family, FamilyWaiting]:
+        """Return the Services that the kernel does not have as they are."""
 
     def objects(self, page: int) -> ObjectPage:
         """Return a page of the objects, in the order of their names. The first page has the number 0."""
@@ -81,7 +84,7 @@ def _forbid(_: HttpRequest) -> HttpResponse:
     return plain(HTTPStatus.FORBIDDEN, "only root may ask the daemon\n")
 
 
-def _handler(control: Control, metrics: Handler) -> Handler:
+def _handler(control: Control, metrics: Handler) -> Handler:  # noqa: C901 - as below
     def handle(request: HttpRequest) -> HttpResponse:  # noqa: PLR0911 - one return for each kind of request
         match request.path.split("/")[1:]:
             case ["status"] if request.method == "GET":
@@ -90,8 +93,10 @@ def _handler(control: Control, metrics: Handler) -> Handler:
                 return json(HTTPStatus.OK, control.service_names())
             case ["services", namespace, name] if request.method == "GET":
                 return json(HTTPStatus.OK, control.service(f"{unquote(namespace)}/{unquote(name)}"))
+            case ["waiting"] if request.method == "GET":
+                return json(HTTPStatus.OK, control.waiting())
             case ["objects", digits] if request.method == "GET" and digits.isdecimal():
-                return json(HTTPStatus.OK, control.objects(int(digits)))
+                return json(HTTPStatus.OK, control.objects(int(digits[:9])))
             case ["configuration"] if request.method == "GET":
                 return json(HTTPStatus.OK, control.configuration())
             case ["log"] if request.method == "GET":

@@ -9,7 +9,7 @@ from kproxy.kube.codec.conversion import is_subdomain
 def anonymizer() -> Anonymizer:
     made = Anonymizer(b"secret")
     made.add_objects(["shop/web", "shop/drop", "default/kubernetes"])
-    made.add_nodes(["node-1", "drop.example.com", ""])
+    made.add_nodes(["node-1", "drop.example.com", "worker7.example.com", ""])
     return made
 
 
@@ -26,9 +26,25 @@ def test_names_in_rules_and_log_lines_are_replaced() -> None:
     assert made.text("on node-1, shop/drop") == f"on {node}, {shop}/{made.name('drop')}"
 
 
+def test_names_in_metrics_chains_of_other_proxies_and_old_log_lines_are_replaced() -> None:
+    made = anonymizer()
+    shop, web, gone = made.name("shop"), made.name("web"), made.name("gone")
+    metric = 'kproxy_service_connections_total{{namespace="{}",port="http",service="{}"}} 5'
+    assert made.text(metric.format("shop", "web")) == metric.format(shop, web)
+    assert made.text("goto tcp/shop/web") == f"goto tcp/{shop}/{web}"
+    assert made.text("IPv4: Service shop/gone is deleted") == f"IPv4: Service {shop}/{gone} is deleted"
+
+
+def test_nodes_are_replaced_in_any_spelling() -> None:
+    made = anonymizer()
+    for text in ("Node-1", "node-1.example.com", "drop.example.com", "DROP.Example.com", "worker7"):
+        assert text.lower() not in made.text(f"Linux {text} x86_64").lower()
+    assert made.text("-j DROP") == "-j DROP"
+
+
 def test_other_text_stays() -> None:
     made = anonymizer()
-    text = "drop counter packets 5 ip saddr 10.0.0.0/8 default/kubernetes other/web 10.96.0.1/32 drop"
+    text = "counter packets 5 ip saddr 10.0.0.0/8 default/kubernetes other/web 10.96.0.1/32 accept"
     assert made.text(text) == text
 
 

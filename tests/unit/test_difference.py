@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
@@ -38,8 +37,9 @@ from kproxy.iptables.names import NAT_SERVICES, ChainName
 from kproxy.iptables.repair import Scope, find_damage
 from kproxy.iptables.save_restore import TABLES
 from kproxy.model.context import Context, LocalTraffic
+from kproxy.model.object_page import ObjectPage
 from kproxy.model.plan import ServicePortPlan, TrafficDecision, plan_service
-from kproxy.model.service_state import FamilyServiceState, ServiceState
+from kproxy.model.service_state import FamilyServiceState, FamilyWaiting, ServiceState
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Node, Service, ServiceKey, ServicePort
 from kproxy.nftables import names
@@ -512,41 +512,46 @@ def test_usage_errors(files: tuple[str, str], capsys: pytest.CaptureFixture[str]
     assert exited.value.code == 2
 
 
-def service_state(key: ServiceKey, **family: Any) -> ServiceState:
-    """Return what a daemon in nftables mode knows about a Service."""
-    service = next((each for each in (WEB, DB) if each.key == key), None)
-    context = replace(IPV4, service_cidrs=("10.96.0.0/12",))
-    slices = (
-        EndpointSlice("shop", "s", key, Family.IPV4, (Endpoint("10.244.2.9"),), (EndpointPort("sql", 5432, "TCP"),)),
-    )
-    families = {Family.IPV4: FamilyServiceState(context, **family)}
+def empty_state(context: Context | None) -> ServiceState:
+    """Return what a daemon in nftables mode knows about a Service that does not exist."""
     return ServiceState(
-        key,
+        "/",
         "nftables",
         NODE,
         Node(NODE),
         complete=True,
-        service=service,
+        service=None,
         invalid=False,
-        slices=slices,
-        families=families,
+        slices=(),
+        families={Family.IPV4: FamilyServiceState(context)},
+        iptables_dispatch_threshold=500,
     )
 
 
 def test_the_state_of_a_daemon_gives_the_same_plans() -> None:
-    states = [service_state("shop/web", pending=True), service_state("shop/db", quarantined="no such file")]
-    state = from_daemon(states, service_state("/"))
+    context = replace(IPV4, service_cidrs=("10.96.0.0/12",))
+    slices = (
+        EndpointSlice(
+            "shop", "s", "shop/db", Family.IPV4, (Endpoint("10.244.2.9"),), (EndpointPort("sql", 5432, "TCP"),)
+        ),
+    )
+    pages = [
+        ObjectPage((WEB,), (), Node(NODE), (), more=True),
+        ObjectPage((DB,), slices, Node(NODE), (), more=False),
+    ]
+    waiting = {Family.IPV4: FamilyWaiting(("shop/web", "shop/db"), {"shop/db": "no such file"})}
+    state = from_daemon(pages, waiting, empty_state(context))
     assert (state.mode, state.node_name, state.services) == ("nftables", NODE, 2)
+    assert state.dispatch_threshold == 500
     planned = state.families[Family.IPV4]
-    assert planned.context == states[0].families[Family.IPV4].context
+    assert planned.context == context
     assert planned.plans["shop/db"][0].cluster_endpoints == ("10.244.2.9:5432",)
     assert state.notes == (
-        "IPv4: a change of shop/web has not been programmed yet",
         "IPv4: the kernel rejects the rules of shop/db: no such file",
+        "IPv4: a change of shop/web has not been programmed yet",
     )
-    nothing = service_state("/")
     with pytest.raises(SyncError, match="has not programmed any rules yet"):
-        from_daemon([], replace(nothing, families={Family.IPV4: FamilyServiceState(None)}))
+        from_daemon([], {}, empty_state(None))
 
 
 def test_decisions_have_a_text() -> None:

@@ -309,6 +309,7 @@ def test_connections() -> None:
 
 def test_events_of_the_first_packet() -> None:
     text = """\
+trace id 9f ip nat OUTPUT rule counter packets 1 bytes 60 jump KUBE-SERVICES (verdict jump KUBE-SERVICES)
 trace id 1a inet kproxy-trace output packet: oif "lo" ip saddr 10.0.0.1
 trace id 1a inet kproxy-trace output rule ip daddr 10.2.0.7 meta nftrace set 1 (verdict continue)
 trace id 1a inet kproxy-trace output policy accept

@@ -67,7 +67,7 @@ def watch(flow: WatchedFlow) -> list[LiveEvent]:
         done = CommandRunner().stream_input(["nft", "-i"], commands(), timeout=WAIT_SECONDS + 30)
     except CommandError as error:
         raise KernelError(f"cannot trace a real packet: {error}") from None
-    if done.code:
+    if done.code or done.stderr.strip():  # `nft -i` exits with 0 even if it could not do anything
         raise KernelError(f"cannot trace a real packet: {done.error_message}")
     return found
 
@@ -101,12 +101,15 @@ def _window(flow: WatchedFlow) -> list[LiveEvent]:
 
 
 def first_packet(text: str) -> list[LiveEvent]:
-    """Return the events of the first packet in the output of `nft monitor trace`, without those of the own table."""
+    """Return the events of the first packet in the output of `nft monitor trace`, without those of the own table.
+
+    Packets that other tables trace have no event of the own table. They are skipped.
+    """
     found: list[LiveEvent] = []
     first = ""
     for line in text.splitlines():
         event = _EVENT.match(line.strip())
-        if not event or event[1] != (first or event[1]):
+        if not event or event[1] != (first or event[1]) or not (first or event[3] == TABLE):
             continue
         first = event[1]
         verdict = _VERDICT.search(event[6])
