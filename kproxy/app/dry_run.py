@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from msgspec import Struct
@@ -26,6 +29,7 @@ from kproxy.nftables.kernel import NftTable
 from kproxy.nftables.trial import TrialCommit
 from kproxy.sync.family_sync import Backend, FamilySync
 
+_LOCK_VARIABLE = "XTABLES_LOCKFILE"
 TEST_SECONDS = 600.0
 """Time limit for one `iptables-restore --test`."""
 
@@ -53,13 +57,33 @@ def try_rules(config: Config, state: DesiredState) -> dict[Family, Trial]:
     if state.mode == "nftables":
         return {family: _run(nftables_backend(TrialCommit(family), family), state, family) for family in state.families}
     try:
-        return call_in_new_namespace(partial(_try_iptables, config, state))
+        with _own_lock_file():
+            return call_in_new_namespace(partial(_try_iptables, config, state))
     except NoNamespaceError:
         threshold = config.kproxy.iptables_dispatch_threshold
         return {
             family: _test_syntax(family, desired_rules(each.plans, each.context, threshold))
             for family, each in state.families.items()
         }
+
+
+@contextmanager
+def _own_lock_file() -> Iterator[None]:
+    """Let iptables-legacy use a lock of its own: the one of the node would hold up all other programs meanwhile.
+
+    If no directory is writable, it uses the one of the node.
+    """
+    before = os.environ.get(_LOCK_VARIABLE)
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder = stack.enter_context(TemporaryDirectory(prefix="kproxy-"))
+            os.environ[_LOCK_VARIABLE] = f"{folder}/xtables.lock"
+        try:
+            yield
+        finally:
+            os.environ.pop(_LOCK_VARIABLE, None)
+            if before is not None:
+                os.environ[_LOCK_VARIABLE] = before
 
 
 def nftables_backend(commit: TrialCommit, family: Family) -> NftablesBackend:

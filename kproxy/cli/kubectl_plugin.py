@@ -43,6 +43,10 @@ def main() -> int:
         code, text = 2, str(error)
     except CannotTellError as error:
         code, text = 3, str(error)
+    except (OSError, ValueError, KeyError) as error:
+        code, text = 3, f"cannot use kubectl: {error!r}"
+    except KeyboardInterrupt:
+        return 130
     sys.stderr.write(f"kubectl kproxy: {text}\n")
     return code
 
@@ -90,7 +94,11 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def choose_pod(pods: Sequence[Mapping[str, Any]], node: str | None, namespace: str) -> str:
     """Return the name of the pod to use: a ready one, if there is any. Raises `CannotTellError` if there is no pod."""
-    running = [pod for pod in pods if pod.get("status", {}).get("phase") == "Running"]
+    running = [
+        pod
+        for pod in pods
+        if pod.get("status", {}).get("phase") == "Running" and not pod["metadata"].get("deletionTimestamp")
+    ]
     if not running:
         where = f" on node {node}" if node else ""
         waiting = f" ({len(pods)} of them do not run)" if pods else ""

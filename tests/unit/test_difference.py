@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from msgspec.structs import replace
 
+from kproxy.app import dry_run
 from kproxy.app.desired_state import from_daemon
 from kproxy.cli.main import main
 from kproxy.config import Config
@@ -558,3 +560,17 @@ def test_decisions_have_a_text() -> None:
     from kproxy.diagnose.difference_objects import _OUTCOMES
 
     assert _OUTCOMES.keys() == set(TrafficDecision)
+
+
+def test_a_dry_run_does_not_use_the_lock_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XTABLES_LOCKFILE", "/run/mine.lock")
+    with dry_run._own_lock_file():
+        own = os.environ["XTABLES_LOCKFILE"]
+        assert own != "/run/mine.lock"
+        assert Path(own).parent.is_dir()
+    assert os.environ["XTABLES_LOCKFILE"] == "/run/mine.lock"
+    assert not Path(own).parent.exists()
+    monkeypatch.delenv("XTABLES_LOCKFILE")
+    with dry_run._own_lock_file():
+        pass
+    assert "XTABLES_LOCKFILE" not in os.environ

@@ -33,6 +33,9 @@ def pod(name: str, *, phase: str = "Running", ready: bool = True) -> dict[str, A
 def test_a_ready_pod_is_preferred() -> None:
     assert choose_pod([pod("a", ready=False), pod("c"), pod("b")], None, "kube-system") == "b"
     assert choose_pod([pod("a", ready=False)], "node-1", "kube-system") == "a"
+    stopping = pod("a")
+    stopping["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    assert choose_pod([stopping, pod("b", ready=False)], None, "kube-system") == "b"
 
 
 @pytest.mark.parametrize(
