@@ -344,7 +344,11 @@ def test_unprivileged_user(node: Namespace) -> None:
     assert found.keys() >= {"IPForwardingDisabled", "KernelRecent", "PortsFree", "ConntrackTable", "NoOtherProxy"}
     assert not {"Privileged", "ModeSupported", "OneVariant", "NoFirewallDrops", "RulesUnreadable"} & found.keys()
     node.sysctl(ipv4__ip_forward=1)
-    assert doctor(node, "--proxy-mode=nftables", prefix=prefix)["code"] == 3
+    report = doctor(node, "--proxy-mode=nftables", prefix=prefix)
+    problems = {code for code, severity in severities(report).items() if severity in {"error", "warning"}}
+    # Other tests may run kube-proxy, and only root can see in which network namespace.
+    assert problems <= {"OtherProxyRunning"}
+    assert report["code"] == (1 if problems else 3)
 
 
 def test_root_without_capabilities(node: Namespace) -> None:

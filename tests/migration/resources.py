@@ -10,14 +10,14 @@ from tests.apiserver.resources import RESOURCES, Resource
 Object = dict[str, Any]
 
 DAEMON_SETS = Resource("apps", "v1", "daemonsets", "DaemonSet")
-PODS = Resource("", "v1", "pods", "Pod", selectable=("spec.nodeName", "status.phase"))
 SERVICE_ACCOUNTS = Resource("", "v1", "serviceaccounts", "ServiceAccount")
 ACCESS = "rbac.authorization.k8s.io"
 CLUSTER_ROLES = Resource(ACCESS, "v1", "clusterroles", "ClusterRole", namespaced=False)
 CLUSTER_ROLE_BINDINGS = Resource(ACCESS, "v1", "clusterrolebindings", "ClusterRoleBinding", namespaced=False)
 
 CONFIG_MAPS = next(item for item in RESOURCES if item.plural == "configmaps")
-ALL = (*RESOURCES, DAEMON_SETS, PODS, SERVICE_ACCOUNTS, CLUSTER_ROLES, CLUSTER_ROLE_BINDINGS)
+PODS = next(item for item in RESOURCES if item.plural == "pods")
+ALL = (*RESOURCES, DAEMON_SETS, SERVICE_ACCOUNTS, CLUSTER_ROLES, CLUSTER_ROLE_BINDINGS)
 SHORT = {"daemonsets": ["ds"]}
 VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
 
