@@ -25,6 +25,8 @@ class StoreChange(Struct, frozen=True):
     `appeared` contains those `services` that did not exist before. `last_changes` contains one pair for each new or
     changed EndpointSlice with a known `last_change`: the family of the slice, and the time at which the change was
     triggered, in seconds since the epoch. It is always empty for a `Replace`.
+
+    If `families` is not None, the plans of all other families are the same as before.
     """
 
     services: frozenset[ServiceKey] = frozenset()
@@ -32,9 +34,14 @@ class StoreChange(Struct, frozen=True):
     last_changes: tuple[tuple[Family, float], ...] = ()
     service_cidrs: bool = False
     appeared: frozenset[ServiceKey] = frozenset()
+    families: frozenset[Family] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.services) or self.node or self.service_cidrs
+
+    def affects(self, family: Family) -> bool:
+        """Return whether the plans of a family may have changed."""
+        return self.families is None or family in self.families
 
 
 class Store:
@@ -203,41 +210,50 @@ class Store:
             return StoreChange()
         self._services[key] = packed
         keys = frozenset({key})
-        return StoreChange(keys, appeared=keys if before is None else frozenset())
+        families = _families(service) | (_families(unpack(Service, before)) if before is not None else frozenset())
+        return StoreChange(keys, appeared=keys if before is None else frozenset(), families=families)
 
     def _put_slice(self, endpoint_slice: EndpointSlice) -> StoreChange:
         key, packed = f"{endpoint_slice.namespace}/{endpoint_slice.name}", pack(endpoint_slice)
         if self._slices.get(key) == packed:
             return StoreChange()
-        services = self._remove_slice(key) | {endpoint_slice.service}
+        removed = self._remove_slice(key)
         self._slices[key] = packed
         if endpoint_slice.invalid:
             self._invalid_endpoints[key] = endpoint_slice.invalid
         self._slices_of[endpoint_slice.service] = (*self._slices_of.get(endpoint_slice.service, ()), key)
         return StoreChange(
-            services,
+            removed.services | {endpoint_slice.service},
+            families=(removed.families or frozenset()) | {endpoint_slice.family},
             last_changes=((endpoint_slice.family, endpoint_slice.last_change),) if endpoint_slice.last_change else (),
         )
 
-    def _remove_slice(self, key: SliceKey) -> frozenset[ServiceKey]:
-        """Remove an EndpointSlice. Return the key of its Service, or an empty set if the slice does not exist."""
+    def _remove_slice(self, key: SliceKey) -> StoreChange:
+        """Remove an EndpointSlice, if it exists."""
         packed = self._slices.pop(key, None)
         self._invalid_endpoints.pop(key, None)
         if packed is None:
-            return frozenset()
-        owner = unpack(EndpointSlice, packed).service
+            return StoreChange()
+        removed = unpack(EndpointSlice, packed)
+        owner = removed.service
         others = tuple(each for each in self._slices_of.pop(owner) if each != key)
         if others:
             self._slices_of[owner] = others
-        return frozenset({owner})
+        return StoreChange(frozenset({owner}), families=frozenset({removed.family}))
+
+    def _remove_service(self, namespace: str, name: str) -> StoreChange:
+        key = f"{namespace}/{name}"
+        self._invalid.discard((namespace, name))
+        packed = self._services.pop(key, None)
+        if packed is None:
+            return StoreChange()
+        return StoreChange(frozenset({key}), families=_families(unpack(Service, packed)))
 
     def _remove(self, kind: Kind, namespace: str, name: str) -> StoreChange:
         if kind is Service:
-            key = f"{namespace}/{name}"
-            self._invalid.discard((namespace, name))
-            return StoreChange(frozenset({key})) if self._services.pop(key, None) else StoreChange()
+            return self._remove_service(namespace, name)
         if kind is EndpointSlice:
-            return StoreChange(self._remove_slice(f"{namespace}/{name}"))
+            return self._remove_slice(f"{namespace}/{name}")
         if kind is ServiceCIDR:
             return StoreChange(service_cidrs=self._service_cidrs.pop(name, None) is not None)
         if name != self._node_name:
@@ -248,6 +264,10 @@ class Store:
         # The machine still exists and serves traffic, so kproxy keeps using the last state of its Node.
         self.node = replace(self.node, being_deleted=True)
         return StoreChange(node=True)
+
+
+def _families(service: Service) -> frozenset[Family]:
+    return frozenset([family_of(address) for address in service.cluster_ips])
 
 
 def _split(key: str) -> tuple[str, str]:

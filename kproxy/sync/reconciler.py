@@ -264,7 +264,7 @@ class Reconciler:
             log.debug("cannot apply a change", exc_info=error)
 
     def apply(self, message: Delta | Batch | Resync) -> None:
-        """Apply one message to the desired state. If it changed anything, request a sync of all families.
+        """Apply one message to the desired state. If it changed anything, request a sync of the families it affects.
 
         Also request a sync when `is_ready` returns True for the first time.
         """
@@ -275,10 +275,11 @@ class Reconciler:
             return
         with self._store.lock:
             changed = self._apply_to_store(message)
-            for state in self._families.values() if changed else ():
-                state.sync.add_changes(changed)
-        for family, state in self._families.items() if changed else ():
-            state.schedule.request()
+            affected = [family for family in self._families if changed and changed.affects(family)]
+            for family in affected:
+                self._families[family].sync.add_changes(changed)
+        for family in affected:
+            self._families[family].schedule.request()
             _call_each(self._on_queue, family, self._clock())
 
     def _apply_to_store(self, message: Delta | Resync) -> StoreChange:
@@ -290,7 +291,7 @@ class Reconciler:
             _call_each(self._on_change, kind, changed)
         if not self._ready and self._is_ready(self._store):
             self._ready = True
-            changed = replace(changed, node=True)
+            changed = replace(changed, node=True, families=None)
         return changed
 
     def touch(self, changed: RulesChanged) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kproxy.model.delta import BASIC_KINDS, Delete, Delta, Invalid, Kind, Object, Replace, Upsert
 from kproxy.model.store import Store, StoreChange
@@ -18,6 +19,11 @@ NO_CHANGE = StoreChange()
 
 def changed(*services: str, node: bool = False, appeared: str = "") -> StoreChange:
     return StoreChange(frozenset(services), node, appeared=frozenset(appeared.split()))
+
+
+def applied(store: Store, delta: Delta) -> StoreChange:
+    """Apply a delta. Return the change without the families, which have tests of their own."""
+    return replace(store.apply(delta), families=None)
 
 
 def service(name: str, address: str = "10.96.0.1") -> Service:
@@ -55,8 +61,8 @@ def test_store_change_is_true_if_anything_changed() -> None:
 
 
 def test_new_or_updated_service_is_a_change(store: Store) -> None:
-    assert store.apply(Upsert(service("new"))) == changed("ns/new", appeared="ns/new")
-    assert store.apply(Upsert(service("web", "10.96.0.2"))) == changed("ns/web")
+    assert applied(store, Upsert(service("new"))) == changed("ns/new", appeared="ns/new")
+    assert applied(store, Upsert(service("web", "10.96.0.2"))) == changed("ns/web")
     assert store.service("ns/web") == service("web", "10.96.0.2")
 
 
@@ -66,50 +72,50 @@ def test_repeated_object_is_not_a_change(store: Store) -> None:
 
 
 def test_deleted_service_is_a_change_once(store: Store) -> None:
-    assert store.apply(Delete(Service, "ns", "web")) == changed("ns/web")
+    assert applied(store, Delete(Service, "ns", "web")) == changed("ns/web")
     assert store.apply(Delete(Service, "ns", "web")) == NO_CHANGE
     assert store.service("ns/web") is None
     assert list(store.service_keys()) == ["ns/api"]
 
 
 def test_endpoint_slice_changes_its_service(store: Store) -> None:
-    assert store.apply(Upsert(endpoint_slice("web-2"))) == changed("ns/web")
-    assert store.apply(Upsert(endpoint_slice("web-2", "web", "10.0.0.1"))) == changed("ns/web")
+    assert applied(store, Upsert(endpoint_slice("web-2"))) == changed("ns/web")
+    assert applied(store, Upsert(endpoint_slice("web-2", "web", "10.0.0.1"))) == changed("ns/web")
     assert names(store.slices("ns/web")) == {"web-1", "web-2"}
-    assert store.apply(Delete(EndpointSlice, "ns", "web-2")) == changed("ns/web")
+    assert applied(store, Delete(EndpointSlice, "ns", "web-2")) == changed("ns/web")
     assert store.apply(Delete(EndpointSlice, "ns", "web-2")) == NO_CHANGE
     assert names(store.slices("ns/web")) == {"web-1"}
 
 
 def test_endpoint_slice_may_arrive_before_its_service(store: Store) -> None:
-    assert store.apply(Upsert(endpoint_slice("new-1", "new"))) == changed("ns/new")
+    assert applied(store, Upsert(endpoint_slice("new-1", "new"))) == changed("ns/new")
     assert store.service("ns/new") is None
     assert names(store.slices("ns/new")) == {"new-1"}
 
 
 def test_endpoint_slice_that_moves_changes_both_services(store: Store) -> None:
-    assert store.apply(Upsert(endpoint_slice("web-1", "api"))) == changed("ns/web", "ns/api")
+    assert applied(store, Upsert(endpoint_slice("web-1", "api"))) == changed("ns/web", "ns/api")
     assert names(store.slices("ns/web")) == set()
     assert names(store.slices("ns/api")) == {"web-1", "api-1"}
-    assert store.apply(Delete(EndpointSlice, "ns", "web-1")) == changed("ns/api")
+    assert applied(store, Delete(EndpointSlice, "ns", "web-1")) == changed("ns/api")
 
 
 def test_endpoint_slices_of_different_namespaces_may_share_a_name(store: Store) -> None:
     other = EndpointSlice("other", "web-1", "other/web", Family.IPV4)
-    assert store.apply(Upsert(other)) == changed("other/web")
-    assert store.apply(Delete(EndpointSlice, "other", "web-1")) == changed("other/web")
+    assert applied(store, Upsert(other)) == changed("other/web")
+    assert applied(store, Delete(EndpointSlice, "other", "web-1")) == changed("other/web")
     assert names(store.slices("ns/web")) == {"web-1"}
 
 
 def test_only_this_node_is_stored(store: Store) -> None:
     assert store.apply(Upsert(Node("node-2", zone="zone-b"))) == NO_CHANGE
     assert store.apply(Delete(Node, "", "node-2")) == NO_CHANGE
-    assert store.apply(Replace(Node, (Node("node-2"), Node("node-1", zone="zone-a")))) == changed(node=True)
+    assert applied(store, Replace(Node, (Node("node-2"), Node("node-1", zone="zone-a")))) == changed(node=True)
     assert store.node == Node("node-1", zone="zone-a")
-    assert store.apply(Delete(Node, "", "node-1")) == changed(node=True)
+    assert applied(store, Delete(Node, "", "node-1")) == changed(node=True)
     assert store.apply(Delete(Node, "", "node-1")) == NO_CHANGE
     assert store.node == Node("node-1", zone="zone-a", being_deleted=True)
-    assert store.apply(Upsert(Node("node-1", zone="zone-b"))) == changed(node=True)
+    assert applied(store, Upsert(Node("node-1", zone="zone-b"))) == changed(node=True)
     assert store.node == Node("node-1", zone="zone-b")
 
 
@@ -148,19 +154,19 @@ def test_invalid_services_are_counted_until_they_become_valid_or_are_deleted(sto
 
 def test_relist_changes_only_what_differs(store: Store) -> None:
     assert store.apply(Replace(Service, (service("web"), service("api")))) == NO_CHANGE
-    assert store.apply(Replace(Service, (service("web"), service("new")))) == changed(
+    assert applied(store, Replace(Service, (service("web"), service("new")))) == changed(
         "ns/api", "ns/new", appeared="ns/new"
     )
-    assert store.apply(Replace(EndpointSlice, (endpoint_slice("web-1", "web", "10.0.0.1"),))) == changed(
+    assert applied(store, Replace(EndpointSlice, (endpoint_slice("web-1", "web", "10.0.0.1"),))) == changed(
         "ns/web", "ns/api"
     )
-    assert store.apply(Replace(Service, ())) == changed("ns/web", "ns/new")
+    assert applied(store, Replace(Service, ())) == changed("ns/web", "ns/new")
     assert names(store.slices("ns/web")) == {"web-1"}
-    assert store.apply(Replace(Node, ())) == changed(node=True)
+    assert applied(store, Replace(Node, ())) == changed(node=True)
 
 
 def test_endpoint_slice_may_move_in_a_relist(store: Store) -> None:
-    assert store.apply(Replace(EndpointSlice, (endpoint_slice("web-1", "api"),))) == changed("ns/web", "ns/api")
+    assert applied(store, Replace(EndpointSlice, (endpoint_slice("web-1", "api"),))) == changed("ns/web", "ns/api")
     assert names(store.slices("ns/api")) == {"web-1"}
 
 
@@ -174,7 +180,7 @@ def test_unreadable_object_in_a_relist_keeps_its_last_state(
     assert store.apply(Replace(kind, objects, (name,))) == NO_CHANGE
     assert store.service("ns/web") == service("web")
     assert names(store.slices("ns/web")) == {"web-1"}
-    assert store.apply(Replace(kind, objects)) == changed("ns/web")
+    assert applied(store, Replace(kind, objects)) == changed("ns/web")
 
 
 def test_unreadable_node_keeps_its_last_state(store: Store) -> None:
@@ -299,3 +305,36 @@ def test_node_missing() -> None:
     assert store.node_missing
     store.apply(Replace(Node, (), (("", "node-1"),)))
     assert not store.node_missing, "an unreadable Node exists nevertheless"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "families"),
+    [
+        ((), ("10.96.0.9",), {Family.IPV4}),
+        ((), ("fd00::9",), {Family.IPV6}),
+        ((), ("10.96.0.9", "fd00::9"), {*Family}),
+        (("10.96.0.9",), ("10.96.0.8",), {Family.IPV4}),
+        (("10.96.0.9", "fd00::9"), ("10.96.0.9",), {*Family}),
+        (("fd00::9",), (), {Family.IPV6}),
+    ],
+)
+def test_changed_service_affects_the_families_that_it_has_or_had(
+    store: Store, before: tuple[str, ...], after: tuple[str, ...], families: set[Family]
+) -> None:
+    if before:
+        store.apply(Upsert(Service("ns", "new", before, ())))
+    change = store.apply(Upsert(Service("ns", "new", after, ())) if after else Delete(Service, "ns", "new"))
+    assert change.families == frozenset(families)
+    assert [family for family in Family if change.affects(family)] == [each for each in Family if each in families]
+
+
+def test_changed_slice_affects_the_families_that_it_has_or_had(store: Store) -> None:
+    six = EndpointSlice("ns", "web-1", "ns/web", Family.IPV6)
+    assert store.apply(Upsert(endpoint_slice("web-1", "web", "10.244.0.1"))).families == frozenset({Family.IPV4})
+    assert store.apply(Upsert(six)).families == frozenset({*Family})
+    assert store.apply(Delete(EndpointSlice, "ns", "web-1")).families == frozenset({Family.IPV6})
+
+
+def test_lists_and_nodes_may_affect_every_family(store: Store) -> None:
+    changes = [store.apply(Replace(EndpointSlice, ())), store.apply(Upsert(Node("node-1", zone="b")))]
+    assert all(change.affects(family) for change in changes for family in Family)
