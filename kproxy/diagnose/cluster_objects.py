@@ -365,14 +365,14 @@ def items(content: Any) -> Iterator[dict[str, Any]]:
 def cluster_objects(objects: Iterable[Mapping[str, Any]], seen: Sequence[str] | None = None) -> ClusterObjects:
     """Decode objects that were parsed from JSON or YAML.
 
-    `seen` are the kinds that were read completely. By default these are Services and EndpointSlices, and the kinds of
-    which there is at least one object. Objects of other kinds are ignored.
+    `seen` are the kinds that were read completely. By default these are Services, and the kinds of which there is at
+    least one object. Objects of other kinds are ignored.
     """
     by_kind: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for each in objects:
         if (kind := str(each.get("kind") or "")) in by_kind:
             by_kind[kind].append(_with_namespace(each))
-    known = {kind for kind in KINDS if by_kind[kind]} | {"Service", "EndpointSlice"} if seen is None else set(seen)
+    known = {kind for kind in KINDS if by_kind[kind]} | {"Service"} if seen is None else set(seen)
     services, invalid = _services(by_kind["Service"])
     return ClusterObjects(
         service_objects=tuple(_all(_decode_service, by_kind["Service"])),

@@ -34,7 +34,7 @@ ReasonCode: TypeAlias = Literal[
     "StaleConntrack",
     "NodePortNotOnThisAddress",
     "LoadBalancerPending",
-    "HintsExcludeThisNode",
+    "EndpointSlicesOutOfDate",
 ]
 """Why a Service does not work, or not completely. A code never changes its meaning."""
 NoteCode: TypeAlias = Literal[
@@ -43,6 +43,8 @@ NoteCode: TypeAlias = Literal[
     "PodsWithoutPort",
     "SomeEndpointsNotReady",
     "HintsNotUsed",
+    "HintsExcludeThisNode",
+    "EndpointSlicesOutOfDate",
     "SourceRangesIgnored",
     "SourceRangesWithoutLoadBalancer",
     "NodePortNotOnThisAddress",

@@ -95,10 +95,10 @@ def node_port_reason(facts: Facts, case: PortCase) -> Reason | None:
     )
 
 
-def hints_reason(facts: Facts, case: PortCase) -> Reason | None:
-    """Return the reason if all endpoints have hints, but none of them is for this node or its zone.
+def hints_elsewhere(facts: Facts, case: PortCase) -> str:
+    """Return a remark if all endpoints have hints, but none of them is for this node or its zone; or "".
 
-    Without the Node, its zone is unknown.
+    Connections then go to endpoints everywhere. Without the Node, its zone is unknown.
     """
     for family in case.plans if facts.node is not None else ():
         context = facts.context(family)
@@ -115,15 +115,8 @@ def hints_reason(facts: Facts, case: PortCase) -> Reason | None:
         word = ("zone" if zones else "node") + ("" if len(zones or nodes) == 1 else "s")
         named = f"{word} {', '.join(zones or nodes)}"
         if zones and not context.zone:
-            own = f"{facts.node_name} has no zone"
-            fix = "add the label topology.kubernetes.io/zone to the Node"
+            own = f"{facts.node_name} has no zone (label topology.kubernetes.io/zone)"
         else:
             own = f"{facts.node_name} is in zone {context.zone}" if zones else f"this is {facts.node_name}"
-            fix = "run endpoints in this zone, or remove trafficDistribution or the topology mode of the Service"
-        return Reason(
-            code="HintsExcludeThisNode",
-            message=f"the topology hints name only {named}, and {own}",
-            details=("so the hints are ignored here: connections go to endpoints everywhere",),
-            fix=fix,
-        )
-    return None
+        return f"the topology hints name only {named}, and {own}: connections go to endpoints everywhere"
+    return ""

@@ -27,6 +27,9 @@ from kproxy.model.addresses import family_of
 from kproxy.model.endpoints import endpoints_by_socket
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, ServicePort
 
+PODS_CONTROLLER = "endpointslice-controller.k8s.io"
+"""The value of the label `endpointslice.kubernetes.io/managed-by` of slices that list the Pods of a selector."""
+
 
 def matching_pods(facts: Facts) -> tuple[Pod, ...] | None:
     """Return the Pods that the Service selects, or None if Pods could not be seen or it has no selector."""
@@ -39,6 +42,39 @@ def matching_pods(facts: Facts) -> tuple[Pod, ...] | None:
         pod
         for pod in objects.pods
         if pod.metadata.namespace == namespace and is_subset(selector, pod.metadata.labels or {})
+    )
+
+
+def managed_endpoints(facts: Facts) -> list[Endpoint]:
+    """Return the endpoints of the slices that a controller writes for the Pods of the Service."""
+    seen = facts.objects.slices_of(facts.key) if facts.objects else ()
+    managed = [each.decoded for each in seen if each.decoded is not None and each.managed_by == PODS_CONTROLLER]
+    return [endpoint for each in managed for endpoint in each.endpoints]
+
+
+def endpoints_without_pods(facts: Facts, port: ServicePort, families: Sequence[Family]) -> Reason | None:
+    """Return the reason if ready endpoints have addresses of none of the Pods that the Service selects.
+
+    Families in which the status of no Pod has an address are left out.
+    """
+    taken = {address for pod in matching_pods(facts) or () if not pod.finished for address in pod.addresses}
+    families = [family for family in families if any(family_of(address) is family for address in taken)]
+    managed = {each.address for each in managed_endpoints(facts)} - taken
+    known = [
+        endpoint
+        for family in families
+        for endpoint in endpoints_by_socket(facts.slices, family, port.name, port.protocol).values()
+    ]
+    gone = sorted({each.address for each in known if each.ready and each.address in managed})
+    if not gone:
+        return None
+    address = "this address" if len(gone) == 1 else "these addresses"
+    shown = ", ".join(gone[:3]) + (" and others" if len(gone) > 3 else "")
+    return Reason(
+        code="EndpointSlicesOutOfDate",
+        message=f"the EndpointSlices list {shown}, but no pod of the Service has {address}",
+        details=("connections to an address without a pod fail",),
+        fix="check that kube-controller-manager runs: it writes the EndpointSlices",
     )
 
 
@@ -246,8 +282,6 @@ def _no_slices(
         fix = f"check that pods match the selector: kubectl get pods -n {namespace}{shown}"
     seen = objects.slices_of(facts.key) if objects else ()
     details += [f"kproxy ignores EndpointSlice {each.name}: {each.problem}" for each in seen if each.decoded is None]
-    if objects is not None and objects.slices == () and not facts.live:
-        details.append("the files contain no EndpointSlices at all")
     message = (
         "its EndpointSlices list no endpoints"
         if seen or facts.slices
