@@ -207,7 +207,8 @@ def load_balancer_pending(raw: SeenService, *, has_node_port: bool) -> Reason | 
     """Return the reason of a Service of type LoadBalancer that has no load balancer address, or None if it has one."""
     if raw.spec.type != "LoadBalancer" or raw.ingress:
         return None
-    reached = "; clients can use the NodePort of any node" if has_node_port else ""
+    which = "a node with endpoints" if raw.spec.external_traffic_policy == "Local" else "any node"
+    reached = f"; clients can use the NodePort of {which}" if has_node_port else ""
     return Reason(
         code="LoadBalancerPending",
         message=f"the load balancer has no address yet (status.loadBalancer is empty){reached}",
@@ -226,18 +227,19 @@ def no_local_endpoints(
     node_name = node_name or facts.node_name
     field = "internalTrafficPolicy" if internal else "externalTrafficPolicy"
     both = plan.internal_local and plan.external_local and plan.externally_accessible
+    fields = "spec.internalTrafficPolicy and spec.externalTrafficPolicy" if both else f"spec.{field}"
     family = family_of(plan.cluster_ip)
     ordered = sorted(facts.slices, key=lambda each: each.name)
     known = endpoints_by_socket(ordered, family, plan.port_name, plan.protocol)
     elsewhere = sorted({node for socket in usable(known) if (node := known[socket].node)})
     details: list[str] = []
-    fix = f"run a pod of the Service on {node_name}, or set spec.{field} to Cluster"
+    fix = f"run a pod of the Service on {node_name}, or set {fields} to Cluster"
     if elsewhere:
         shown = ", ".join(elsewhere[:4]) + (" and others" if len(elsewhere) > 4 else "")
         details.append(f"usable endpoints are on: {shown}")
     else:
         details.append("its EndpointSlices do not say on which nodes the endpoints are (no nodeName)")
-        fix = f"set nodeName in the EndpointSlices, or set spec.{field} to Cluster"
+        fix = f"set nodeName in the EndpointSlices, or set {fields} to Cluster"
     names = [each.name for each in facts.nodes]
     if names and node_name not in names:
         details.append(f"no Node is named {node_name}; Nodes: {', '.join(names[:4])}")

@@ -50,6 +50,7 @@ class SeenServiceSpec(ApiStruct):
     selector: dict[str, str] | None = None
     ports: list[SeenServicePort] | None = None
     publish_not_ready_addresses: bool = False
+    external_traffic_policy: str = ""
     load_balancer_source_ranges: list[str] | None = None
 
 
@@ -102,6 +103,7 @@ class PodContainer(ApiStruct):
     ports: list[PodPort] | None = None
     restart_policy: str = ""
     readiness_probe: dict[str, Any] | None = None
+    startup_probe: dict[str, Any] | None = None
 
 
 class PodSpec(ApiStruct):
@@ -134,6 +136,7 @@ class ContainerStatus(ApiStruct):
 
     name: str = ""
     ready: bool = False
+    started: bool | None = None
     state: ContainerState | None = None
 
 
@@ -245,7 +248,9 @@ class NetworkPolicy(ApiStruct):
 
     @property
     def restricts_ingress(self) -> bool:
-        """Whether it restricts connections to the Pods that it selects."""
+        """Whether it restricts connections to the Pods that it selects. An empty ingress rule allows everything."""
+        if any(not (rule.get("from") or rule.get("ports")) for rule in self.spec.ingress or ()):
+            return False
         return not self.spec.policy_types or "Ingress" in self.spec.policy_types
 
 

@@ -44,7 +44,7 @@ from kproxy.diagnose.port_reasons import (
     only_terminating,
     stale_reason,
 )
-from kproxy.diagnose.rejection_cause import endpoints_without_pods, rejection_cause
+from kproxy.diagnose.rejection_cause import endpoints_without_pods, matching_pods, rejection_cause
 from kproxy.diagnose.rules_problem import RulesProblem, rules_problem
 from kproxy.diagnose.service_problem import keeps_last_version, object_problem
 from kproxy.model.addresses import family_of, socket_text
@@ -291,6 +291,8 @@ def _unseen(facts: Facts) -> Iterator[str]:
     if missing := [name for name, found in kinds.items() if found is None]:
         where = "not readable" if facts.live else "not in the files"
         yield f"{', '.join(missing)} ({where})"
+    if raw is not None and raw.spec.selector and objects.pods is not None and matching_pods(facts) is None:
+        yield f"Pods of namespace {facts.key.partition('/')[0]} (not in the files)"
 
 
 def _symptom(conclusion: _Conclusion, ports: Sequence[PortExplanation]) -> str:

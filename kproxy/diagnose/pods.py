@@ -11,7 +11,6 @@ from kproxy.diagnose.cluster_objects import (
     Pod,
     PodCondition,
     PodPort,
-    PodStatus,
     SeenServicePort,
     is_subset,
 )
@@ -19,6 +18,8 @@ from kproxy.diagnose.explain_report import Reason
 
 MAX_NAMED = 3
 """Maximum number of Pods that one sentence names."""
+_TYPO = 0.8
+"""Minimum similarity of two label values, from 0 to 1, of which one is probably a misspelling of the other."""
 
 
 def plural(count: int, word: str) -> str:
@@ -61,16 +62,18 @@ def unmatched_selector(namespace: str, selector: Mapping[str, str], every: Seque
     own = [pod for pod in every if pod.metadata.namespace == namespace]
     elsewhere = [pod for pod in every if pod.metadata.namespace != namespace and _has_labels(selector, pod)]
     details: list[str] = []
-    fix = f"compare the selector with the labels of the pods: kubectl get pods -n {namespace} --show-labels"
+    compare = f"compare the selector with the labels of the pods: kubectl get pods -n {namespace} --show-labels"
+    fix = f"start the pods (does their Deployment have 0 replicas?), or {compare}"
     if (best := _closest(selector, own)) is not None:
         pod, wrong = best
         labels = pod.metadata.labels or {}
         found = ", ".join(f"{name}={labels[name]}" if name in labels else f"no label {name}" for name in wrong)
         details.append(f"pod {pod.metadata.name} comes closest: it has {found}")
         name = wrong[0]
-        if len(wrong) == 1 and name in labels:
+        is_typo = get_close_matches(labels.get(name, ""), [selector[name]], 1, _TYPO)
+        if len(wrong) == 1 and is_typo:
             fix = f'set spec.selector.{name} to "{labels[name]}", or the label {name} of the pods to "{selector[name]}"'
-        elif len(wrong) == 1:
+        elif len(wrong) == 1 and name not in labels:
             fix = f"add the label {name}={selector[name]} to the pods, or remove it from spec.selector"
     elif elsewhere:
         other = elsewhere[0].metadata.namespace
@@ -171,7 +174,7 @@ def why_not_ready(pod: Pod) -> str:
     scheduled = conditions.get("PodScheduled")
     if scheduled is not None and scheduled.status == "False":
         return "not scheduled to a node" + (f": {scheduled.message}" if scheduled.message else "")
-    if problem := _container_problems(status):
+    if problem := _container_problems(pod):
         return problem
     return _ready_problem(conditions.get("Ready")) or f"phase {status.phase or 'unknown'}"
 
@@ -182,14 +185,18 @@ def _ready_problem(ready: PodCondition | None) -> str:
     return ready.message if ready is not None else ""
 
 
-def _container_problems(status: PodStatus) -> str:
+def _container_problems(pod: Pod) -> str:
+    status = pod.status
     if (problem := _container_problem(status.init_container_statuses or ())) is not None:
         return f"init container {problem}"
     if (problem := _container_problem(status.container_statuses or ())) is not None:
         return f"container {problem}"
     for each in status.container_statuses or ():
         if not each.ready and each.state is not None and each.state.running is not None:
-            return f"container {each.name} runs, but its readiness probe fails"
+            spec = next((one for one in pod.spec.containers or () if one.name == each.name), None)
+            is_starting = each.started is False and spec is not None and spec.startup_probe is not None
+            problem = "startup probe has not succeeded yet" if is_starting else "readiness probe fails"
+            return f"container {each.name} runs, but its {problem}"
     return ""
 
 
@@ -213,6 +220,8 @@ def _fix(pod: Pod) -> str:
         return f"read why it ends: kubectl logs -n {namespace} {name} --previous"
     if "Image" in problem:
         return "correct the name of the image or the credentials of its registry"
+    if "startup probe" in problem:
+        return f"make the startup probe succeed; its last failures: kubectl describe pod -n {namespace} {name}"
     if "readiness probe" in problem:
         return f"make the readiness probe succeed; its last failures: kubectl describe pod -n {namespace} {name}"
     return ""

@@ -38,11 +38,10 @@ def matching_pods(facts: Facts) -> tuple[Pod, ...] | None:
     if objects is None or objects.pods is None or raw is None or not raw.spec.selector:
         return None
     namespace, selector = facts.key.partition("/")[0], raw.spec.selector
-    return tuple(
-        pod
-        for pod in objects.pods
-        if pod.metadata.namespace == namespace and is_subset(selector, pod.metadata.labels or {})
-    )
+    own = [pod for pod in objects.pods if pod.metadata.namespace == namespace]
+    if not own and not facts.live and any(each.endpoints for each in facts.slices):
+        return None  # the files lack the Pods of this namespace
+    return tuple(pod for pod in own if is_subset(selector, pod.metadata.labels or {}))
 
 
 def managed_endpoints(facts: Facts) -> list[Endpoint]:
@@ -100,9 +99,10 @@ def rejection_cause(facts: Facts, port: ServicePort, index: int, families: Seque
     if (reason := _unusable_slices(seen)) is not None:
         return reason
     if any(each.endpoints for each in in_families):
-        return _port_in_no_slice(raw, port, index, in_families)
+        return _port_in_no_slice(raw, port, index, in_families, live)
     if any(each.endpoints for each in facts.slices):
-        return family_missing(facts, families, pods)
+        has_addresses = any(family_of(address) in families for pod in live for address in pod.addresses)
+        return _slice_missing(families) if has_addresses else family_missing(facts, families, pods)
     return _nothing_listed(facts, raw, pods, live)
 
 
@@ -166,7 +166,8 @@ def _unusable_endpoints(
 def _nothing_listed(facts: Facts, raw: SeenService | None, pods: Sequence[Pod] | None, live: Sequence[Pod]) -> Reason:
     """Return the reason if no slice lists any endpoint."""
     unready = pods is not None and live and all(pod.unready for pod in live)
-    if not unready or (raw is not None and raw.spec.publish_not_ready_addresses):
+    published = raw is not None and raw.spec.publish_not_ready_addresses and any(pod.addresses for pod in live)
+    if not unready or published:
         return _no_slices(facts, raw, pods, live)
     if not all(pod.terminating for pod in live):
         return pods_not_ready(live)
@@ -213,19 +214,35 @@ def _ignored_fields(each: SeenSlice, what: str) -> Reason:
 
 
 def _port_in_no_slice(
-    raw: SeenService | None, port: ServicePort, index: int, slices: Sequence[EndpointSlice]
+    raw: SeenService | None, port: ServicePort, index: int, slices: Sequence[EndpointSlice], pods: Sequence[Pod]
 ) -> Reason:
+    """Return the reason if no slice has the port. `pods` are the Pods that have the target port."""
     found = {_port_text(target) for each in slices for target in each.ports}
     wanted = _port_text(port)
     raw_port = _raw_port(raw, index)
-    details = (f"they have: {', '.join(sorted(found))}" if found else "they have no ports",)
-    if raw is not None and raw.spec.selector and raw_port is not None and isinstance(raw_port.target, str):
+    details: tuple[str, ...] = (f"they have: {', '.join(sorted(found))}" if found else "they have no ports",)
+    if pods and raw is not None and raw.spec.selector:
+        has = "has" if len(pods) == 1 else "have"
+        message = f"no EndpointSlice has the port {wanted}, although {plural(len(pods), 'pod')} {has} its target port"
+        details += ("the EndpointSlices are out of date",)
+        fix = "check that kube-controller-manager runs: it writes the EndpointSlices"
+    elif raw is not None and raw.spec.selector and raw_port is not None and isinstance(raw_port.target, str):
         message = f'no pod resolves targetPort "{raw_port.target}": no EndpointSlice has the port {wanted}'
         fix = f"set spec.ports[{index}].targetPort to a port name that the pods declare, or to a number"
     else:
         message = f"no EndpointSlice of the Service has a port {wanted}"
         fix = f"give the port in the EndpointSlice the name and protocol of spec.ports[{index}], or the other way round"
     return Reason(code="TargetPortUnresolved", message=message, details=details, fix=fix)
+
+
+def _slice_missing(families: Sequence[Family]) -> Reason:
+    missing = " or ".join(family.value for family in families)
+    return Reason(
+        code="NoEndpoints",
+        message=f"no EndpointSlice lists {missing} endpoints",
+        details=(f"its pods have {missing} addresses, so an EndpointSlice is missing",),
+        fix="check that kube-controller-manager runs: it writes the EndpointSlices",
+    )
 
 
 def _port_text(port: ServicePort | EndpointPort) -> str:
@@ -258,7 +275,9 @@ def _no_slices(
     namespace, name = facts.key.split("/", 1)
     objects = facts.objects
     every = objects.slices if objects and objects.slices is not None else ()
-    strays = [each for each in every if each.namespace == namespace and not each.label and each.name.startswith(name)]
+    strays = [
+        each for each in every if each.namespace == namespace and not each.label and each.name.startswith(f"{name}-")
+    ]
     elsewhere = [each for each in every if each.label == name and each.namespace != namespace]
     details: list[str] = []
     if strays:
@@ -270,7 +289,8 @@ def _no_slices(
             details.append(f"EndpointSlice {elsewhere[0].name} names it, but is in namespace {elsewhere[0].namespace}")
         fix = f"set spec.selector, or create an EndpointSlice with the label {SERVICE_NAME_LABEL}: {name}"
     elif pods is not None:
-        details.append(f"{plural(len(live), 'pod')} match the selector, but no EndpointSlice lists them")
+        verb = "matches" if len(live) == 1 else "match"
+        details.append(f"{plural(len(live), 'pod')} {verb} the selector, but no EndpointSlice lists them")
         if facts.live:
             fix = "check that kube-controller-manager runs: it writes the EndpointSlices"
         else:

@@ -724,6 +724,109 @@ BROKEN = [
         "usable endpoints are on: node-2",
     ),
     SetUp(
+        "another application with the same instance label",
+        cluster(
+            edit(SERVICE, "{app: api}", "{app: api, instance: shop}"),
+            EMPTY_SLICE,
+            PODS.replace("app: api", "app: redis, instance: shop"),
+        ),
+        "REJECTED",
+        "SelectorMatchesNothing",
+        "start the pods",
+    ),
+    SetUp(
+        "pods of a newer version",
+        cluster(SERVICE, EMPTY_SLICE, PODS.replace("app: api", "app: api-v2")),
+        "REJECTED",
+        "SelectorMatchesNothing",
+        "start the pods",
+    ),
+    SetUp(
+        "pods that cannot be scheduled, but would be published",
+        cluster(
+            edit(SERVICE, "  selector:", "  publishNotReadyAddresses: true\n  selector:"),
+            EMPTY_SLICE,
+            UNREADY_PODS.replace("podIP: 10.244.1.5", "x: 0").replace("podIP: 10.244.2.5", "x: 0"),
+        ),
+        "REJECTED",
+        "PodsNotReady",
+    ),
+    SetUp(
+        "one pod in no slice",
+        cluster(SERVICE, PODS.partition("---")[0], OTHER),
+        "REJECTED",
+        "NoEndpoints",
+        "1 pod matches the selector",
+    ),
+    SetUp(
+        "the IPv6 slice of dual-stack pods is missing",
+        cluster(
+            DUAL_STACK,
+            SLICE,
+            PODS.replace("podIP: 10.244.1.5", 'podIPs: [{ip: 10.244.1.5}, {ip: "fd00:10:244:1::5"}]'),
+        ),
+        "DEGRADED",
+        "NoEndpoints",
+        "no EndpointSlice lists IPv6 endpoints",
+    ),
+    SetUp(
+        "slices with an older name of the port",
+        cluster(edit(SERVICE, "{name: http,", "{name: web,"), SLICE, PODS),
+        "REJECTED",
+        "TargetPortUnresolved",
+        "out of date",
+    ),
+    SetUp(
+        "startup probe",
+        cluster(
+            SERVICE,
+            UNREADY_SLICE,
+            UNREADY_PODS.replace("{name: server, ports", "{name: server, startupProbe: {}, ports").replace(
+                "{name: server, ready: false", "{name: server, started: false, ready: false"
+            ),
+        ),
+        "REJECTED",
+        "PodsNotReady",
+        "make the startup probe succeed",
+    ),
+    SetUp(
+        "both traffic policies Local",
+        cluster(
+            edit(
+                NODE_PORT,
+                "  selector:",
+                "  internalTrafficPolicy: Local\n  externalTrafficPolicy: Local\n  selector:",
+            ),
+            REMOTE_SLICE,
+        ),
+        "DROPPED",
+        "NoLocalEndpoints",
+        "set spec.internalTrafficPolicy and spec.externalTrafficPolicy to Cluster",
+    ),
+    SetUp(
+        "load balancer with policy Local pending",
+        cluster(
+            edit(BALANCER, "{ingress: [{ip: 203.0.113.80}]}", "{}").replace(
+                "  selector:", "  externalTrafficPolicy: Local\n  selector:"
+            ),
+            SLICE,
+            PODS,
+        ),
+        "DEGRADED",
+        "LoadBalancerPending",
+        "the NodePort of a node with endpoints",
+    ),
+    SetUp(
+        "slice of a Service with a longer name, without the label",
+        cluster(
+            without(SERVICE, "  selector: {app: api}\n"),
+            edit(SLICE, "kubernetes.io/service-name: api, ", "").replace("api-x7k2p", "apis-x7k2p"),
+        ),
+        "REJECTED",
+        "NoEndpoints",
+        "create an EndpointSlice",
+    ),
+    SetUp(
         "new pods that crash while the old ones end",
         no_pods(
             SERVICE,
@@ -739,6 +842,13 @@ BROKEN = [
     ),
 ]
 SOUND = [
+    SetUp(
+        "network policy that allows everything",
+        cluster(
+            SERVICE, SLICE, PODS, POLICY.replace("policyTypes: [Ingress]", "policyTypes: [Ingress], ingress: [{}]")
+        ),
+        "WORKS",
+    ),
     SetUp(
         "IPv4 client, and the IPv6 endpoints are terminating",
         cluster(DUAL_STACK, SLICE, IPV6_DRAINING),

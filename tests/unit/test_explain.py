@@ -138,6 +138,14 @@ def test_a_frontend_that_leaves_no_room_beside_it_fits(tmp_path: Path) -> None:
     assert any(line.startswith("        its slice has no TCP port") for line in lines)
 
 
+def test_files_with_pods_of_another_namespace(tmp_path: Path) -> None:
+    text = cluster(SERVICE, UNREADY_SLICE, PODS.replace("namespace: shop", "namespace: other"))
+    report = explained(SetUp("pods", text, "REJECTED"), tmp_path)
+    assert report.reason is not None
+    assert report.reason.code == "NoReadyEndpoints"
+    assert "Pods of namespace shop (not in the files)" in report.unseen
+
+
 def in_text(setup: SetUp, folder: Path) -> str:
     return "\n".join(explanation_lines(explained(setup, folder), Style()))
 
