@@ -12,6 +12,7 @@ from kproxy.diagnose.cluster_objects import SeenService
 from kproxy.diagnose.explain_facts import Facts
 from kproxy.diagnose.explain_report import FrontendExplanation, Reason, Verdict
 from kproxy.model.addresses import canonical_address, family_of
+from kproxy.model.context import Context
 from kproxy.model.endpoints import endpoints_by_socket, usable
 from kproxy.model.plan import ServicePortPlan, TrafficDecision, plan_service
 from kproxy.model.types import Family
@@ -21,7 +22,7 @@ class ClientPlace(Struct, frozen=True):
     """Where a client is. `inside` is None if it is unknown whether the client is in the cluster.
 
     `on_this_node` is true for this node itself and its pods. `other_node` is the node on which the client's packets
-    enter the rules, if that is another node.
+    enter the rules, if that is another node. `is_node` is true for a node itself, false for its pods.
     """
 
     address: str
@@ -29,6 +30,7 @@ class ClientPlace(Struct, frozen=True):
     inside: bool | None
     on_this_node: bool = False
     other_node: str = ""
+    is_node: bool = False
 
     @property
     def family(self) -> Family:
@@ -39,7 +41,7 @@ class ClientPlace(Struct, frozen=True):
 def locate(facts: Facts, address: str) -> ClientPlace:
     """Return where a client is, from the addresses of Nodes, Pods and endpoints and from the pod networks."""
     if ip_address(address).is_loopback:
-        return ClientPlace(address, f"this node ({facts.node_name})", inside=True, on_this_node=True)
+        return ClientPlace(address, f"this node ({facts.node_name})", inside=True, on_this_node=True, is_node=True)
     known = _node_at(facts, address) or _pod_at(facts, address) or _pod_network_of(facts, address)
     if known is not None:
         return known
@@ -70,9 +72,12 @@ def _is_endpoint(facts: Facts, address: str) -> bool:
 
 def _node_at(facts: Facts, address: str) -> ClientPlace | None:
     if facts.node is not None and address in facts.node.addresses:
-        return ClientPlace(address, f"this node ({facts.node.name})", inside=True, on_this_node=True)
+        where = f"this node ({facts.node.name})"
+        return ClientPlace(address, where, inside=True, on_this_node=True, is_node=True)
     other = next((each for each in facts.nodes if address in each.addresses), None)
-    return ClientPlace(address, f"node {other.name}", inside=True, other_node=other.name) if other else None
+    if other is None:
+        return None
+    return ClientPlace(address, f"node {other.name}", inside=True, other_node=other.name, is_node=True)
 
 
 def _pod_at(facts: Facts, address: str) -> ClientPlace | None:
@@ -149,19 +154,27 @@ def client_reason(facts: Facts, plan: ServicePortPlan, client: ClientPlace) -> R
     if client.inside is False:
         dropped = plan.externally_accessible and plan.external is TrafficDecision.DROP
         return no_local_endpoints(facts, plan, internal=False) if dropped else None
-    if client.other_node:
-        plan = _plan_at(facts, plan, client)
+    plan = plan_at(facts, plan, client)
     if plan.internal is TrafficDecision.DROP:
         return no_local_endpoints(facts, plan, internal=True, node_name=client.other_node)
     return None
 
 
-def _plan_at(facts: Facts, plan: ServicePortPlan, client: ClientPlace) -> ServicePortPlan:
-    """Return the plan of the same port on the client's node, where its packets meet the rules."""
+def context_at(facts: Facts, client: ClientPlace) -> Context:
+    """Return the context of the client's node, as far as it matters for the selection of endpoints."""
+    context = facts.context(client.family)
+    if not client.other_node:
+        return context
     zone = next((each.zone for each in facts.nodes if each.name == client.other_node), "")
-    context = replace(facts.context(client.family), node_name=client.other_node, zone=zone)
+    return replace(context, node_name=client.other_node, zone=zone)
+
+
+def plan_at(facts: Facts, plan: ServicePortPlan, client: ClientPlace) -> ServicePortPlan:
+    """Return the plan of the same port on the client's node, where its packets meet the rules."""
+    if not client.other_node:
+        return plan
     assert facts.service is not None
-    there = plan_service(facts.service, facts.slices, context)
+    there = plan_service(facts.service, facts.slices, context_at(facts, client))
     return next(each for each in there if (each.name, each.port) == (plan.name, plan.port))
 
 
@@ -266,9 +279,33 @@ def for_client(
     checked_first = frontend.outcome != "rejected" or facts.mode == "nftables"
     if frontend.kind == "LoadBalancer" and checked_first and not source_allowed(plan, client):
         return replace(frontend, outcome="dropped", endpoints=0, remark="loadBalancerSourceRanges")
-    if frontend.kind == "ClusterIP" or frontend.outcome == "rejected":
+    if frontend.kind == "ClusterIP" or frontend.outcome == "rejected" or not client.inside:
         return frontend
-    if client.inside and plan.external_local and plan.cluster_endpoints:
-        count = len(plan.cluster_endpoints)
-        return replace(frontend, outcome="forwarded", endpoints=count, remark="as from any pod or node: to all nodes")
-    return frontend
+    return _from_inside(facts, frontend, plan, client) if plan.external_local else frontend
+
+
+def _from_inside(
+    facts: Facts, frontend: FrontendExplanation, plan: ServicePortPlan, client: ClientPlace
+) -> FrontendExplanation:
+    """Return what happens to connections of a client inside to a frontend for which policy Local may not count."""
+    if not _is_recognized(facts, client, at_client=frontend.kind != "NodePort"):
+        why = "a node" if client.is_node else "a pod that kproxy does not recognize (detectLocalMode)"
+        return replace(frontend, remark=f"as from outside, for {why}")
+    count = len(plan.cluster_endpoints)
+    return replace(frontend, outcome="forwarded", endpoints=count, remark="as from any pod or node: to all nodes")
+
+
+def _is_recognized(facts: Facts, client: ClientPlace, *, at_client: bool) -> bool:
+    """Return whether the rules recognize a client inside the cluster as local, so that policy Local does not apply.
+
+    `at_client` is true if they are the rules of the client's node, false if they are those of this node.
+    """
+    if client.is_node:
+        return at_client or client.on_this_node
+    traffic = facts.context(client.family).local_traffic
+    if not traffic.cidr:
+        return traffic.detectable and (client.on_this_node or (at_client and bool(client.other_node)))
+    if _in(client.address, (traffic.cidr,)):
+        return True
+    node = next((each for each in facts.nodes if at_client and each.name == client.other_node), None)
+    return node is not None and _in(client.address, node.pod_cidrs)

@@ -211,6 +211,20 @@ class Pod(ApiStruct):
         return self.metadata.deletion_timestamp is not None
 
 
+class _SeenNodeStatus(ApiStruct):
+    conditions: list[PodCondition] | None = None
+
+
+class _SeenNode(ApiStruct):
+    metadata: ApiMetadata
+    status: _SeenNodeStatus | None = None
+
+    @property
+    def unready(self) -> bool:
+        conditions = (self.status.conditions or ()) if self.status else ()
+        return any(each.type == "Ready" and each.status != "True" for each in conditions)
+
+
 class SelectorRequirement(ApiStruct):
     """LabelSelectorRequirement (meta/v1)."""
 
@@ -292,6 +306,7 @@ class ClusterObjects(Struct, frozen=True, dict=True):
     """Objects of a cluster. A kind is None if its objects could not be seen.
 
     `service_objects` are the Services as users write them, and `services` those of them that get rules.
+    `unready_nodes` are the names of the Nodes whose condition Ready is not true.
     `sees_all_services` is false if there may be Services in other namespaces that could not be seen.
     """
 
@@ -304,6 +319,7 @@ class ClusterObjects(Struct, frozen=True, dict=True):
     policies: tuple[NetworkPolicy, ...] | None = None
     service_cidrs: tuple[str, ...] = ()
     sees_all_services: bool = True
+    unready_nodes: frozenset[str] = frozenset()
 
     def service_object(self, key: ServiceKey) -> SeenService | None:
         """Return the Service with this key as its user wrote it."""
@@ -332,6 +348,7 @@ class ClusterObjects(Struct, frozen=True, dict=True):
 _decode_service = decoder(SeenService)
 _decode_slice = decoder(_SeenSlice)
 _decode_pod = decoder(Pod)
+_decode_node = decoder(_SeenNode)
 _decode_policy = decoder(NetworkPolicy)
 
 
@@ -388,6 +405,7 @@ def cluster_objects(objects: Iterable[Mapping[str, Any]], seen: Sequence[str] | 
         pods=tuple(_all(_decode_pod, by_kind["Pod"])) if "Pod" in known else None,
         policies=tuple(_all(_decode_policy, by_kind["NetworkPolicy"])) if "NetworkPolicy" in known else None,
         sees_all_services="Service" in known,
+        unready_nodes=frozenset(each.metadata.name for each in _all(_decode_node, by_kind["Node"]) if each.unready),
         service_cidrs=tuple(cidr for each in by_kind["ServiceCIDR"] for cidr in _cidrs(each)),
     )
 

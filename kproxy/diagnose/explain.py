@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from kproxy.diagnose.client_view import (
     ClientPlace,
     client_reason,
+    context_at,
     for_client,
     locate,
     no_local_endpoints,
     no_way_in,
+    plan_at,
     source_allowed,
 )
 from kproxy.diagnose.endpoint_use import explain_endpoints
@@ -97,6 +100,10 @@ def _explain_port(
     frontends = tuple(_frontends(facts, case, client))
     seen = facts.objects.slices_of(facts.key) if facts.objects else ()
     contexts = {family: facts.context(family) for family in Family}
+    at_client = case
+    if client is not None and client.family in case.plans:
+        at_client = _at_client(facts, case, client)
+        contexts[client.family] = context_at(facts, client)
     raw = facts.objects.service_object(facts.key) if facts.objects else None
     raw_ports = (raw.spec.ports or []) if raw else []
     return PortExplanation(
@@ -107,8 +114,14 @@ def _explain_port(
         verdict=conclusion.verdict,
         reason=conclusion.reason,
         frontends=frontends,
-        endpoints=explain_endpoints(case.port, case.plans, contexts, facts.slices, seen),
+        endpoints=explain_endpoints(case.port, at_client.plans, contexts, facts.slices, seen),
     )
+
+
+def _at_client(facts: Facts, case: PortCase, client: ClientPlace) -> PortCase:
+    """Return a port as the client's node serves it, where its packets meet the rules."""
+    plan = plan_at(facts, case.plans[client.family], client)
+    return replace(case, plans={**case.plans, client.family: plan})
 
 
 def _conclude(facts: Facts, case: PortCase, client: ClientPlace | None, rules: RulesProblem | None) -> _Conclusion:
@@ -183,7 +196,7 @@ def _partial_reasons(facts: Facts, case: PortCase, client: ClientPlace | None) -
     yield conflict_reason(facts, case)
     yield endpoints_without_pods(facts, case.port, list(case.plans))
     yield stale_reason(facts, case)
-    yield only_terminating(facts, case)
+    yield only_terminating(facts, case if client is None else _at_client(facts, case, client), client)
     if client is None or not client.inside:
         yield balancer_pending(facts, case)
         yield node_port_reason(facts, case)
@@ -206,8 +219,15 @@ def _frontends(facts: Facts, case: PortCase, client: ClientPlace | None) -> Iter
     for family, plan in case.plans.items():
         if client is not None and client.family is not family:
             continue
-        for frontend in _frontends_of(facts, plan, {each.frontend: each.owner for each in case.lost_in[family]}):
-            yield frontend if client is None else for_client(facts, frontend, plan, client)
+        lost = {each.frontend: each.owner for each in case.lost_in[family]}
+        if client is None:
+            yield from _frontends_of(facts, plan, lost)
+            continue
+        at_client = plan_at(facts, plan, client)
+        here, there = _frontends_of(facts, plan, lost), _frontends_of(facts, at_client, lost)
+        for own, remote in zip(here, there, strict=True):  # a NodePort is reached at this node
+            is_here = own.kind == "NodePort"
+            yield for_client(facts, own if is_here else remote, plan if is_here else at_client, client)
 
 
 def _frontends_of(facts: Facts, plan: ServicePortPlan, lost: Mapping[str, str]) -> Iterator[FrontendExplanation]:

@@ -68,6 +68,10 @@ def notes(
         yield from _out_of_date(facts, raw, code)
         yield from _hints(facts, cases)
     yield from _balancer(facts, raw, cases)
+    for node in facts.nodes:
+        for address in set(node.addresses) & set(facts.service.cluster_ips if facts.service else ()):
+            text = f"ClusterIP {address} is also an address of node {node.name}: the service network must be separate"
+            yield _note("ClusterIPOfNode", text)
     for won in (won for case in cases for won in case.won):
         text = f"{won.frontend} is also claimed by {won.loser}, which gets none of its traffic"
         yield _note("OwnsContestedFrontend", text)

@@ -53,6 +53,7 @@ NoteCode: TypeAlias = Literal[
     "ServiceBeingDeleted",
     "NodeUnknown",
     "LoadBalancerBypassesNode",
+    "ClusterIPOfNode",
 ]
 """What is worth knowing about a Service, although it is not why the Service does not work."""
 EndpointState: TypeAlias = Literal[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 from kproxy.diagnose.cluster_objects import (
@@ -145,17 +145,18 @@ def _they_declare(pods: Sequence[Pod]) -> str:
     return f"{subject}: {declared_text(pods)}" if declared_text(pods) else f"{subject} no ports"
 
 
-def pods_not_ready(pods: Sequence[Pod]) -> Reason:
+def pods_not_ready(pods: Sequence[Pod], unready_nodes: Collection[str] = ()) -> Reason:
     """Return the reason of a Service none of whose Pods is ready. `pods` are those that its selector matches."""
     waiting = [pod for pod in pods if not pod.finished] or list(pods)
     causes: dict[str, list[Pod]] = {}
     for pod in waiting:
-        causes.setdefault(why_not_ready(pod), []).append(pod)
+        causes.setdefault(why_not_ready(pod, unready_nodes), []).append(pod)
     details = [f"{names_of(group)}: {cause}" for cause, group in causes.items()]
     first = waiting[0]
     namespace, name = first.metadata.namespace, first.metadata.name
     fix = next(
-        (fix for pod in waiting if (fix := _fix(pod))), f"see the reason: kubectl describe pod -n {namespace} {name}"
+        (fix for pod in waiting if (fix := _fix(pod, unready_nodes))),
+        f"see the reason: kubectl describe pod -n {namespace} {name}",
     )
     if all(pod.finished for pod in pods):
         message = f"its {plural(len(pods), 'pod')} ended and will not serve again" if len(pods) > 1 else "its pod ended"
@@ -164,7 +165,7 @@ def pods_not_ready(pods: Sequence[Pod]) -> Reason:
     return Reason(code="PodsNotReady", message=message, details=tuple(details[:5]), fix=fix)
 
 
-def why_not_ready(pod: Pod) -> str:
+def why_not_ready(pod: Pod, unready_nodes: Collection[str] = ()) -> str:
     """Return why a Pod is not ready, in one line."""
     status = pod.status
     if pod.finished or pod.terminating:
@@ -174,6 +175,8 @@ def why_not_ready(pod: Pod) -> str:
     scheduled = conditions.get("PodScheduled")
     if scheduled is not None and scheduled.status == "False":
         return "not scheduled to a node" + (f": {scheduled.message}" if scheduled.message else "")
+    if pod.spec.node_name in unready_nodes:
+        return f"its node {pod.spec.node_name} is not ready"
     if problem := _container_problems(pod):
         return problem
     return _ready_problem(conditions.get("Ready")) or f"phase {status.phase or 'unknown'}"
@@ -213,9 +216,11 @@ def _container_problem(statuses: Iterable[ContainerStatus]) -> str | None:
     return None
 
 
-def _fix(pod: Pod) -> str:
+def _fix(pod: Pod, unready_nodes: Collection[str]) -> str:
     namespace, name = pod.metadata.namespace, pod.metadata.name
-    problem = why_not_ready(pod)
+    problem = why_not_ready(pod, unready_nodes)
+    if pod.spec.node_name in unready_nodes and pod.spec.node_name in problem:
+        return f"repair the node, or remove it: kubectl describe node {pod.spec.node_name}"
     if "CrashLoopBackOff" in problem or "exit code" in problem:
         return f"read why it ends: kubectl logs -n {namespace} {name} --previous"
     if "Image" in problem:

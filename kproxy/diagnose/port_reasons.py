@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from kproxy.diagnose.client_view import load_balancer_pending
+from kproxy.diagnose.client_view import ClientPlace, load_balancer_pending
 from kproxy.diagnose.explain_facts import Facts
 from kproxy.diagnose.explain_report import Reason
 from kproxy.diagnose.pods import plural
 from kproxy.diagnose.port_case import PortCase, known_endpoints, own_flows
 from kproxy.model.addresses import family_of, split_socket_text
+from kproxy.model.endpoints import Sockets
+from kproxy.model.plan import ServicePortPlan
 from kproxy.model.types import Family
 
 
@@ -53,20 +55,29 @@ def stale_reason(facts: Facts, case: PortCase) -> Reason | None:
     return Reason(code="StaleConntrack", message=message, details=tuple(details), fix=f"delete the entries: {command}")
 
 
-def only_terminating(facts: Facts, case: PortCase) -> Reason | None:
-    """Return the reason if all endpoints in use are terminating."""
+def only_terminating(facts: Facts, case: PortCase, client: ClientPlace | None) -> Reason | None:
+    """Return the reason if all endpoints in use are terminating. `client` is the client that uses them, None if any."""
     for family, plan in case.plans.items():
         known = known_endpoints(facts, case, family)
-        used = [known[socket] for socket in plan.reachable_endpoints if socket in known]
+        used = [known[socket] for socket in _used_by(plan, client) if socket in known]
         if used and all(endpoint.terminating and not endpoint.ready for endpoint in used):
             count = len(used)
-            subject = "its only endpoint is" if count == 1 else f"all {count} endpoints are"
+            node = (client.other_node if client is not None else "") or facts.node_name
+            where = f" on {node}" if any(endpoint.ready for endpoint in known.values()) else ""
+            subject = f"its only endpoint{where} is" if count == 1 else f"all {count} endpoints{where} are"
             return Reason(
                 code="OnlyTerminating",
                 message=f"{subject} terminating: connections work only until the pods have ended",
                 fix="start pods that stay: check the replicas of the Deployment and whether new pods become ready",
             )
     return None
+
+
+def _used_by(plan: ServicePortPlan, client: ClientPlace | None) -> Sockets:
+    if client is None or client.inside is None:
+        return plan.reachable_endpoints
+    is_local = plan.internal_local if client.inside else plan.external_local
+    return plan.local_endpoints if is_local else plan.cluster_endpoints
 
 
 def balancer_pending(facts: Facts, case: PortCase) -> Reason | None:

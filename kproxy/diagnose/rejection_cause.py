@@ -106,6 +106,10 @@ def rejection_cause(facts: Facts, port: ServicePort, index: int, families: Seque
     return _nothing_listed(facts, raw, pods, live)
 
 
+def _unready_nodes(facts: Facts) -> frozenset[str]:
+    return facts.objects.unready_nodes if facts.objects else frozenset()
+
+
 def _cause_in_pods(
     facts: Facts, raw: SeenService, index: int, pods: Sequence[Pod], families: Sequence[Family]
 ) -> Reason | None:
@@ -115,7 +119,7 @@ def _cause_in_pods(
     if not pods:
         return unmatched_selector(namespace, selector, every)
     if not live:
-        return pods_not_ready(pods)
+        return pods_not_ready(pods, _unready_nodes(facts))
     port = _raw_port(raw, index)
     if port is not None and not any(resolves(pod, port) for pod in live):
         return unresolved_target_port(port, index, live)
@@ -141,7 +145,7 @@ def _unusable_endpoints(
     if all(endpoint.terminating for endpoint in known.values()):
         staying = [pod for pod in live if not pod.terminating]
         if staying and all(pod.unready for pod in staying):
-            return pods_not_ready(staying)
+            return pods_not_ready(staying, _unready_nodes(facts))
         subject = "its only endpoint is" if count == 1 else f"all {count} endpoints are"
         return Reason(
             code="OnlyTerminating",
@@ -149,7 +153,7 @@ def _unusable_endpoints(
             fix="start pods that stay: check the replicas of the Deployment and whether new pods can be scheduled",
         )
     if pods is not None and live and all(pod.unready for pod in live):
-        return pods_not_ready(live)
+        return pods_not_ready(live, _unready_nodes(facts))
     subject = "its only endpoint is" if count == 1 else f"none of its {count} endpoints is"
     message = f"{subject} {'not ' if count == 1 else ''}ready"
     details: tuple[str, ...] = ()
@@ -170,7 +174,7 @@ def _nothing_listed(facts: Facts, raw: SeenService | None, pods: Sequence[Pod] |
     if not unready or published:
         return _no_slices(facts, raw, pods, live)
     if not all(pod.terminating for pod in live):
-        return pods_not_ready(live)
+        return pods_not_ready(live, _unready_nodes(facts))
     return Reason(
         code="OnlyTerminating",
         message=f"all of its pods are being deleted: {names_of(live)}",

@@ -827,6 +827,32 @@ BROKEN = [
         "create an EndpointSlice",
     ),
     SetUp(
+        "pods on a node that is not ready",
+        cluster(SERVICE, UNREADY_SLICE, UNREADY_PODS).replace(
+            "status:\n  addresses: [{type: InternalIP, address: 192.168.0.12}",
+            "status:\n  conditions: [{type: Ready, status: Unknown}]\n"
+            "  addresses: [{type: InternalIP, address: 192.168.0.12}",
+        ),
+        "REJECTED",
+        "PodsNotReady",
+        "its node node-2 is not ready",
+    ),
+    SetUp(
+        "the endpoint for clients outside is terminating",
+        cluster(
+            edit(NODE_PORT, "  selector:", "  externalTrafficPolicy: Local\n  selector:"),
+            edit(
+                SLICE,
+                "[10.244.1.5], conditions: {ready: true, serving: true, terminating: false",
+                "[10.244.1.5], conditions: {ready: false, serving: true, terminating: true",
+            ),
+        ),
+        "DEGRADED",
+        "OnlyTerminating",
+        "its only endpoint on node-1 is terminating",
+        client="203.0.113.7",
+    ),
+    SetUp(
         "new pods that crash while the old ones end",
         no_pods(
             SERVICE,
@@ -842,6 +868,12 @@ BROKEN = [
     ),
 ]
 SOUND = [
+    SetUp(
+        "ClusterIP is an address of a node",
+        cluster(SERVICE.replace("10.96.0.82", "192.168.0.12"), SLICE, PODS),
+        "WORKS",
+        notes=frozenset({"ClusterIPOfNode"}),
+    ),
     SetUp(
         "network policy that allows everything",
         cluster(

@@ -30,7 +30,9 @@ from tests.unit.explain_cases import (
     BROKEN,
     DUAL_STACK,
     NO_PORTS_SLICE,
+    NODE_PORT,
     PODS,
+    REMOTE_SLICE,
     SERVICE,
     SLICE,
     SLICE_IPV6,
@@ -144,6 +146,55 @@ def test_files_with_pods_of_another_namespace(tmp_path: Path) -> None:
     assert report.reason is not None
     assert report.reason.code == "NoReadyEndpoints"
     assert "Pods of namespace shop (not in the files)" in report.unseen
+
+
+LOCAL_NODE_PORT = edit(NODE_PORT, "  selector:", "  externalTrafficPolicy: Local\n  selector:")
+
+
+@pytest.mark.parametrize(
+    ("client", "flags", "node_port"),
+    [
+        ("10.244.1.77", (), "dropped"),
+        ("10.244.1.77", ("--cluster-cidr=10.244.0.0/16",), "forwarded"),
+        ("10.244.2.77", ("--cluster-cidr=10.244.0.0/16",), "forwarded"),
+        ("10.244.1.77", ("--detect-local-mode=NodeCIDR",), "forwarded"),
+        ("10.244.2.77", ("--detect-local-mode=NodeCIDR",), "dropped"),
+        ("192.168.0.11", (), "forwarded"),
+        ("192.168.0.12", (), "dropped"),
+        ("203.0.113.7", ("--cluster-cidr=10.244.0.0/16",), "dropped"),
+    ],
+)
+def test_policy_local_depends_on_the_recognition_of_pods(
+    client: str, flags: tuple[str, ...], node_port: str, tmp_path: Path
+) -> None:
+    setup = SetUp("local", cluster(LOCAL_NODE_PORT, REMOTE_SLICE), "WORKS", client=client, flags=flags)
+    frontends = {each.kind: each.outcome for each in explained(setup, tmp_path).ports[0].frontends}
+    assert frontends["NodePort"] == node_port
+
+
+def test_the_body_is_about_the_node_of_the_client(tmp_path: Path) -> None:
+    """Both hints and policies: as on node-2, where the packets of its pods meet the rules."""
+    hints = SLICE.replace("zone: a}", "zone: a, hints: {forZones: [{name: a}]}}").replace(
+        "zone: b}\n", "zone: b, hints: {forZones: [{name: b}]}}\n"
+    )
+    report = explained(SetUp("hints", cluster(SERVICE, hints), "WORKS", client="10.244.2.77"), tmp_path)
+    assert [each.used for each in report.ports[0].endpoints] == [False, True]
+    internal = edit(SERVICE, "  selector:", "  internalTrafficPolicy: Local\n  selector:")
+    report = explained(SetUp("local", cluster(internal, REMOTE_SLICE), "WORKS", client="10.244.2.77"), tmp_path)
+    assert [each.outcome for each in report.ports[0].frontends] == ["forwarded"]
+
+
+def test_words_about_endpoints(tmp_path: Path) -> None:
+    one_draining = edit(
+        SLICE,
+        "[10.244.1.5], conditions: {ready: true, serving: true, terminating: false",
+        "[10.244.1.5], conditions: {ready: false, serving: true, terminating: true",
+    )
+    local, _ = explained(SetUp("x", cluster(LOCAL_NODE_PORT, one_draining), "WORKS"), tmp_path).ports[0].endpoints
+    assert "no endpoint on node-1 is ready" in local.message
+    internal = edit(NODE_PORT, "  selector:", "  internalTrafficPolicy: Local\n  selector:")
+    _, remote = explained(SetUp("x", cluster(internal, SLICE), "WORKS"), tmp_path).ports[0].endpoints
+    assert remote.message == "used, except for traffic to the ClusterIP (internalTrafficPolicy: Local)"
 
 
 def in_text(setup: SetUp, folder: Path) -> str:
