@@ -148,6 +148,13 @@ def test_files_with_pods_of_another_namespace(tmp_path: Path) -> None:
     assert "Pods of namespace shop (not in the files)" in report.unseen
 
 
+def test_source_ranges_that_the_load_balancer_enforces(tmp_path: Path) -> None:
+    name = "source ranges of a load balancer with only a host name"
+    report = explained(next(each for each in SOUND if each.name == name), tmp_path)
+    text = next(each.message for each in report.notes if each.code == "SourceRangesWithoutLoadBalancer")
+    assert text.startswith("the load balancer itself, not this node, enforces")
+
+
 LOCAL_NODE_PORT = edit(NODE_PORT, "  selector:", "  externalTrafficPolicy: Local\n  selector:")
 
 
