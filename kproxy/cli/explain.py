@@ -127,8 +127,10 @@ def gather(
     if daemon is not None:
         node_name, config = daemon.node_name, _in_mode(config, daemon.mode)
     config = config if config.mode else config.resolved("nftables")
-    objects = _read_files(options.objects, sources) if options.objects else _read_api(options, key, node_name, sources)
-    if objects is not None and objects.slices is None and daemon is None:
+    objects = (
+        _read_files(options.objects, key, sources) if options.objects else _read_api(options, key, node_name, sources)
+    )
+    if objects is not None and objects.slices is None and daemon is None and not options.objects:
         objects = None  # without EndpointSlices, the answer would be wrong
     if objects is None and daemon is None:
         reasons = "; ".join(f"{each.name}: {each.detail}" for each in sources if not each.used)
@@ -178,7 +180,7 @@ def _ask_daemon(
     return state
 
 
-def _read_files(path: str, sources: list[ExplainSource]) -> ClusterObjects:
+def _read_files(path: str, key: str, sources: list[ExplainSource]) -> ClusterObjects:
     from kproxy.diagnose.explain_report import ExplainSource
     from kproxy.diagnose.object_files import ObjectFilesError, read_object_files
 
@@ -186,6 +188,8 @@ def _read_files(path: str, sources: list[ExplainSource]) -> ClusterObjects:
         objects = read_object_files(path)
     except ObjectFilesError as error:
         raise CannotTellError(str(error)) from None
+    if objects.slices is None and objects.service(key) is not None:
+        raise CannotTellError(f"cannot explain {key}: {path} contains no EndpointSlices at all, so nothing is known")
     sources.append(ExplainSource(name="objects", used=True, detail=path))
     return objects
 

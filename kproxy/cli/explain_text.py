@@ -27,6 +27,8 @@ MAX_NAME = 40
 """Maximum number of characters of a Node's name."""
 _SHORTEST = 30
 """Minimum number of characters of a column that is wrapped."""
+_BELOW = 8
+"""Indentation of a text that is put below a head which leaves too little room beside it."""
 
 
 def explanation_lines(report: ServiceExplanation, style: Style) -> Iterator[str]:
@@ -156,7 +158,10 @@ def _client_lines(report: ServiceExplanation) -> Iterator[str]:
 def _wrapped(head: str, text: str) -> Iterator[str]:
     """Yield a text after a head, continued below itself."""
     indent = width(head)
-    room = max(_SHORTEST, WIDTH - indent)
+    if WIDTH - indent < _SHORTEST and width(text) > WIDTH - indent:
+        yield head.rstrip()  # too long for a column: the text goes below
+        head, indent = " " * _BELOW, _BELOW
+    room = WIDTH - indent
     for number, line in enumerate(_lines(text, room)):
         yield ((head if number == 0 else " " * indent) + line).rstrip()
 

@@ -50,6 +50,7 @@ class SeenServiceSpec(ApiStruct):
     selector: dict[str, str] | None = None
     ports: list[SeenServicePort] | None = None
     publish_not_ready_addresses: bool = False
+    external_traffic_policy: str = ""
     load_balancer_source_ranges: list[str] | None = None
 
 
@@ -102,6 +103,7 @@ class PodContainer(ApiStruct):
     ports: list[PodPort] | None = None
     restart_policy: str = ""
     readiness_probe: dict[str, Any] | None = None
+    startup_probe: dict[str, Any] | None = None
 
 
 class PodSpec(ApiStruct):
@@ -134,6 +136,7 @@ class ContainerStatus(ApiStruct):
 
     name: str = ""
     ready: bool = False
+    started: bool | None = None
     state: ContainerState | None = None
 
 
@@ -208,6 +211,20 @@ class Pod(ApiStruct):
         return self.metadata.deletion_timestamp is not None
 
 
+class _SeenNodeStatus(ApiStruct):
+    conditions: list[PodCondition] | None = None
+
+
+class _SeenNode(ApiStruct):
+    metadata: ApiMetadata
+    status: _SeenNodeStatus | None = None
+
+    @property
+    def unready(self) -> bool:
+        conditions = (self.status.conditions or ()) if self.status else ()
+        return any(each.type == "Ready" and each.status != "True" for each in conditions)
+
+
 class SelectorRequirement(ApiStruct):
     """LabelSelectorRequirement (meta/v1)."""
 
@@ -245,7 +262,9 @@ class NetworkPolicy(ApiStruct):
 
     @property
     def restricts_ingress(self) -> bool:
-        """Whether it restricts connections to the Pods that it selects."""
+        """Whether it restricts connections to the Pods that it selects. An empty ingress rule allows everything."""
+        if any(not (rule.get("from") or rule.get("ports")) for rule in self.spec.ingress or ()):
+            return False
         return not self.spec.policy_types or "Ingress" in self.spec.policy_types
 
 
@@ -287,6 +306,7 @@ class ClusterObjects(Struct, frozen=True, dict=True):
     """Objects of a cluster. A kind is None if its objects could not be seen.
 
     `service_objects` are the Services as users write them, and `services` those of them that get rules.
+    `unready_nodes` are the names of the Nodes whose condition Ready is not true.
     `sees_all_services` is false if there may be Services in other namespaces that could not be seen.
     """
 
@@ -299,6 +319,7 @@ class ClusterObjects(Struct, frozen=True, dict=True):
     policies: tuple[NetworkPolicy, ...] | None = None
     service_cidrs: tuple[str, ...] = ()
     sees_all_services: bool = True
+    unready_nodes: frozenset[str] = frozenset()
 
     def service_object(self, key: ServiceKey) -> SeenService | None:
         """Return the Service with this key as its user wrote it."""
@@ -327,6 +348,7 @@ class ClusterObjects(Struct, frozen=True, dict=True):
 _decode_service = decoder(SeenService)
 _decode_slice = decoder(_SeenSlice)
 _decode_pod = decoder(Pod)
+_decode_node = decoder(_SeenNode)
 _decode_policy = decoder(NetworkPolicy)
 
 
@@ -365,14 +387,14 @@ def items(content: Any) -> Iterator[dict[str, Any]]:
 def cluster_objects(objects: Iterable[Mapping[str, Any]], seen: Sequence[str] | None = None) -> ClusterObjects:
     """Decode objects that were parsed from JSON or YAML.
 
-    `seen` are the kinds that were read completely. By default these are Services and EndpointSlices, and the kinds of
-    which there is at least one object. Objects of other kinds are ignored.
+    `seen` are the kinds that were read completely. By default these are Services, and the kinds of which there is at
+    least one object. Objects of other kinds are ignored.
     """
     by_kind: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for each in objects:
         if (kind := str(each.get("kind") or "")) in by_kind:
             by_kind[kind].append(_with_namespace(each))
-    known = {kind for kind in KINDS if by_kind[kind]} | {"Service", "EndpointSlice"} if seen is None else set(seen)
+    known = {kind for kind in KINDS if by_kind[kind]} | {"Service"} if seen is None else set(seen)
     services, invalid = _services(by_kind["Service"])
     return ClusterObjects(
         service_objects=tuple(_all(_decode_service, by_kind["Service"])),
@@ -383,6 +405,7 @@ def cluster_objects(objects: Iterable[Mapping[str, Any]], seen: Sequence[str] | 
         pods=tuple(_all(_decode_pod, by_kind["Pod"])) if "Pod" in known else None,
         policies=tuple(_all(_decode_policy, by_kind["NetworkPolicy"])) if "NetworkPolicy" in known else None,
         sees_all_services="Service" in known,
+        unready_nodes=frozenset(each.metadata.name for each in _all(_decode_node, by_kind["Node"]) if each.unready),
         service_cidrs=tuple(cidr for each in by_kind["ServiceCIDR"] for cidr in _cidrs(each)),
     )
 

@@ -76,7 +76,8 @@ def _of_family(
                     yield _explanation(socket, endpoint, each.name, "Duplicate", message)
                     continue
                 yielded.add(socket)
-                state, message = _state(socket, endpoint, used, plan, context)
+                some_ready = any(other.ready for other in chosen.values())
+                state, message = _state(socket, endpoint, used, plan, context, some_ready=some_ready)
                 yield _explanation(socket, endpoint, each.name, state, message)
 
 
@@ -96,14 +97,21 @@ def _missing_port(port: ServicePort, each: EndpointSlice) -> str:
 
 
 def _state(
-    socket: str, endpoint: Endpoint, used: _UsedSockets, plan: ServicePortPlan, context: Context
+    socket: str,
+    endpoint: Endpoint,
+    used: _UsedSockets,
+    plan: ServicePortPlan,
+    context: Context,
+    *,
+    some_ready: bool,
 ) -> tuple[EndpointState, str]:
     in_cluster, in_local = socket in used.cluster, socket in used.local
     if in_cluster or in_local:
         state: EndpointState = "Ready" if endpoint.ready else "ServingWhileTerminating"
-        text = "used" if endpoint.ready else "used although it is terminating: no endpoint is ready"
-        if in_cluster and not in_local and plan.external_local and plan.externally_accessible:
-            text += ", except for traffic from outside (externalTrafficPolicy: Local)"
+        candidates = f"endpoint on {context.node_name}" if some_ready else "endpoint"
+        text = "used" if endpoint.ready else f"used although it is terminating: no {candidates} is ready"
+        if in_cluster and not in_local and (but := _exceptions(plan)):
+            text += f", except for {but}"
         return state, text
     if not endpoint.ready:
         if not endpoint.terminating:
@@ -111,6 +119,18 @@ def _state(
         serving = "still serving, but others are ready" if endpoint.serving else "no longer serving"
         return "Terminating", f"terminating, {serving}"
     return _not_near(endpoint, plan, context)
+
+
+def _exceptions(plan: ServicePortPlan) -> str:
+    """Return the traffic that uses only endpoints on this node, while other traffic uses all; "" if there is none."""
+    external = plan.external_local and plan.externally_accessible
+    if plan.internal_local:
+        return (
+            "traffic from outside and to the ClusterIP (policies Local)"
+            if external
+            else ("traffic to the ClusterIP (internalTrafficPolicy: Local)")
+        )
+    return "traffic from outside (externalTrafficPolicy: Local)" if external else ""
 
 
 def _not_near(endpoint: Endpoint, plan: ServicePortPlan, context: Context) -> tuple[EndpointState, str]:

@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from kproxy.diagnose.client_view import (
     ClientPlace,
     client_reason,
+    context_at,
     for_client,
     locate,
     no_local_endpoints,
+    no_way_in,
+    plan_at,
     source_allowed,
 )
 from kproxy.diagnose.endpoint_use import explain_endpoints
@@ -39,12 +43,11 @@ from kproxy.diagnose.port_case import PortCase, cases_of, claimed_frontends
 from kproxy.diagnose.port_reasons import (
     balancer_pending,
     conflict_reason,
-    hints_reason,
     node_port_reason,
     only_terminating,
     stale_reason,
 )
-from kproxy.diagnose.rejection_cause import rejection_cause
+from kproxy.diagnose.rejection_cause import endpoints_without_pods, matching_pods, rejection_cause
 from kproxy.diagnose.rules_problem import RulesProblem, rules_problem
 from kproxy.diagnose.service_problem import keeps_last_version, object_problem
 from kproxy.model.addresses import family_of, socket_text
@@ -59,6 +62,10 @@ _OUTCOMES: dict[TrafficDecision, Outcome] = {
     TrafficDecision.REJECT: "rejected",
     TrafficDecision.DROP: "dropped",
 }
+
+
+_ABOUT_FRONTENDS = {"PortConflict", "AddressConflict", "NodePortNotOnThisAddress"}
+"""The reasons why single frontends do not work."""
 
 
 class _Conclusion(Struct, frozen=True):
@@ -93,6 +100,10 @@ def _explain_port(
     frontends = tuple(_frontends(facts, case, client))
     seen = facts.objects.slices_of(facts.key) if facts.objects else ()
     contexts = {family: facts.context(family) for family in Family}
+    at_client = case
+    if client is not None and client.family in case.plans:
+        at_client = _at_client(facts, case, client)
+        contexts[client.family] = context_at(facts, client)
     raw = facts.objects.service_object(facts.key) if facts.objects else None
     raw_ports = (raw.spec.ports or []) if raw else []
     return PortExplanation(
@@ -103,8 +114,14 @@ def _explain_port(
         verdict=conclusion.verdict,
         reason=conclusion.reason,
         frontends=frontends,
-        endpoints=explain_endpoints(case.port, case.plans, contexts, facts.slices, seen),
+        endpoints=explain_endpoints(case.port, at_client.plans, contexts, facts.slices, seen),
     )
+
+
+def _at_client(facts: Facts, case: PortCase, client: ClientPlace) -> PortCase:
+    """Return a port as the client's node serves it, where its packets meet the rules."""
+    plan = plan_at(facts, case.plans[client.family], client)
+    return replace(case, plans={**case.plans, client.family: plan})
 
 
 def _conclude(facts: Facts, case: PortCase, client: ClientPlace | None, rules: RulesProblem | None) -> _Conclusion:
@@ -119,41 +136,70 @@ def _conclude(facts: Facts, case: PortCase, client: ClientPlace | None, rules: R
     partial = next((reason for reason in _partial_reasons(facts, case, client) if reason is not None), None)
     if partial is None:
         return _Conclusion("WORKS", None)
-    frontends = sum(1 for plan in case.plans.values() for _ in claimed_frontends(plan))
-    lost_all = partial.code in {"PortConflict", "AddressConflict"} and len(case.lost) == frontends
-    return _Conclusion("NOT PROGRAMMED" if lost_all else "DEGRADED", partial)
+    own = case.only(client.family) if client is not None else case
+    nothing_left = partial.code in _ABOUT_FRONTENDS and not any(_usable_frontends(facts, own, client))
+    return _Conclusion("NOT PROGRAMMED" if nothing_left else "DEGRADED", partial)
+
+
+def _usable_frontends(facts: Facts, case: PortCase, client: ClientPlace | None) -> Iterator[str]:
+    """Yield the frontends at which a client reaches the port; without a client, those at which any client does."""
+    closed = node_port_reason(facts, case) is not None
+    for family, plan in case.plans.items():
+        lost = {each.frontend for each in case.lost_in[family]}
+        for number, (frontend, _) in enumerate(claimed_frontends(plan)):
+            is_cluster_ip = number == 0
+            if frontend in lost or (closed and frontend.startswith("NodePort")):
+                continue
+            if not (is_cluster_ip and client is not None and client.inside is False):
+                yield frontend
 
 
 def _refused(facts: Facts, case: PortCase, client: ClientPlace | None) -> _Conclusion | None:
     """Return why the plan rejects or drops connections, or None if it forwards them."""
+    if client is not None and (outside := no_way_in(facts, case.plans, client)) is not None:
+        return _Conclusion(*outside)
     rejected = [family for family, plan in case.plans.items() if _is_rejected(plan)]
-    asked = [client.family] if client is not None and client.family in case.plans else list(case.plans)
+    asked = [client.family] if client is not None else list(case.plans)
     if rejected and set(asked) <= set(rejected):
         families = rejected if len(rejected) == len(case.plans) else asked
         return _Conclusion("REJECTED", rejection_cause(facts, case.port, case.index, families))
     if client is not None:
-        verdict, reason = client_reason(facts, case.plans, client)
-        return _Conclusion(verdict, reason) if reason is not None else None
+        reason = client_reason(facts, case.plans[client.family], client)
+        if reason is not None or client.inside is not None:
+            return _Conclusion("DROPPED", reason) if reason is not None else None
+        case = case.only(client.family)
+    if any(not (_is_rejected(plan) or _is_dropped(plan)) for plan in case.plans.values()):
+        return None
+    reason = _dropped_reason(facts, case)
+    return _Conclusion("DROPPED", reason) if reason is not None else None
+
+
+def _dropped_reason(facts: Facts, case: PortCase) -> Reason | None:
+    """Return why connections in some families are dropped, or None if none are."""
     dropped = next((plan for plan in case.plans.values() if _is_dropped(plan)), None)
     if dropped is None:
         return None
     internal = dropped.internal is TrafficDecision.DROP
-    return _Conclusion("DROPPED", no_local_endpoints(facts, dropped, internal=internal))
+    others = any(not _is_dropped(plan) for plan in case.plans.values())
+    return no_local_endpoints(facts, dropped, internal=internal, only_family=others)
 
 
 def _partial_reasons(facts: Facts, case: PortCase, client: ClientPlace | None) -> Iterator[Reason | None]:
     """Yield what is wrong with a part of the port, in the order of its weight."""
+    if client is not None:
+        case = case.only(client.family)
     rejected = [family for family, plan in case.plans.items() if _is_rejected(plan)]
     if rejected and client is None:
         yield rejection_cause(facts, case.port, case.index, rejected)
+    if client is None:
+        yield _dropped_reason(facts, case)
     yield conflict_reason(facts, case)
+    yield endpoints_without_pods(facts, case.port, list(case.plans))
     yield stale_reason(facts, case)
-    yield only_terminating(facts, case)
+    yield only_terminating(facts, case if client is None else _at_client(facts, case, client), client)
     if client is None or not client.inside:
         yield balancer_pending(facts, case)
         yield node_port_reason(facts, case)
-    if client is None:
-        yield hints_reason(facts, case)
 
 
 def _is_rejected(plan: ServicePortPlan) -> bool:
@@ -173,8 +219,15 @@ def _frontends(facts: Facts, case: PortCase, client: ClientPlace | None) -> Iter
     for family, plan in case.plans.items():
         if client is not None and client.family is not family:
             continue
-        for frontend in _frontends_of(facts, plan, {each.frontend: each.owner for each in case.lost}):
-            yield frontend if client is None else for_client(frontend, plan, client)
+        lost = {each.frontend: each.owner for each in case.lost_in[family]}
+        if client is None:
+            yield from _frontends_of(facts, plan, lost)
+            continue
+        at_client = plan_at(facts, plan, client)
+        here, there = _frontends_of(facts, plan, lost), _frontends_of(facts, at_client, lost)
+        for own, remote in zip(here, there, strict=True):  # a NodePort is reached at this node
+            is_here = own.kind == "NodePort"
+            yield for_client(facts, own if is_here else remote, plan if is_here else at_client, client)
 
 
 def _frontends_of(facts: Facts, plan: ServicePortPlan, lost: Mapping[str, str]) -> Iterator[FrontendExplanation]:
@@ -258,6 +311,8 @@ def _unseen(facts: Facts) -> Iterator[str]:
     if missing := [name for name, found in kinds.items() if found is None]:
         where = "not readable" if facts.live else "not in the files"
         yield f"{', '.join(missing)} ({where})"
+    if raw is not None and raw.spec.selector and objects.pods is not None and matching_pods(facts) is None:
+        yield f"Pods of namespace {facts.key.partition('/')[0]} (not in the files)"
 
 
 def _symptom(conclusion: _Conclusion, ports: Sequence[PortExplanation]) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from kproxy.diagnose.cluster_objects import Pod, SeenService
 from kproxy.diagnose.explain_facts import Facts
 from kproxy.diagnose.explain_report import ExplainNote, NoteCode, Reason
-from kproxy.diagnose.pods import names_of, plural, policies_for
+from kproxy.diagnose.pods import names_of, plural, policies_for, selector_text
 from kproxy.diagnose.port_case import PortCase, known_endpoints
-from kproxy.diagnose.rejection_cause import matching_pods, pods_without_port
+from kproxy.diagnose.port_reasons import hints_elsewhere
+from kproxy.diagnose.rejection_cause import managed_endpoints, matching_pods, pods_without_port
 from kproxy.model.addresses import family_of
 
 _ABOUT_PODS = {
@@ -64,8 +65,13 @@ def notes(
     if code not in _ABOUT_PODS:
         yield from _target_ports(facts, raw, cases)
         yield from _endpoints(facts, code)
+        yield from _out_of_date(facts, raw, code)
         yield from _hints(facts, cases)
     yield from _balancer(facts, raw, cases)
+    for node in facts.nodes:
+        for address in set(node.addresses) & set(facts.service.cluster_ips if facts.service else ()):
+            text = f"ClusterIP {address} is also an address of node {node.name}: the service network must be separate"
+            yield _note("ClusterIPOfNode", text)
     for won in (won for case in cases for won in case.won):
         text = f"{won.frontend} is also claimed by {won.loser}, which gets none of its traffic"
         yield _note("OwnsContestedFrontend", text)
@@ -112,6 +118,23 @@ def _endpoints(facts: Facts, code: str) -> Iterator[ExplainNote]:
         yield _note("InvalidEndpoints", text)
 
 
+def _out_of_date(facts: Facts, raw: SeenService | None, code: str) -> Iterator[ExplainNote]:
+    pods = matching_pods(facts)
+    if code == "EndpointSlicesOutOfDate" or pods is None or raw is None:
+        return
+    text = ""
+    endpoints = managed_endpoints(facts)
+    if not pods and endpoints:
+        text = f"no pod has the labels of spec.selector: {selector_text(raw.spec.selector or {})}"
+    elif not raw.spec.publish_not_ready_addresses:
+        ready = {each.address for each in endpoints if each.ready and not each.terminating}
+        unready = [pod for pod in pods if pod.unready and not ready.isdisjoint(pod.addresses)]
+        if unready:
+            text = f"{names_of(unready)} {'is' if len(unready) == 1 else 'are'} not ready"
+    if text:
+        yield _note("EndpointSlicesOutOfDate", f"the EndpointSlices list ready endpoints, but {text}")
+
+
 def _hints(facts: Facts, cases: Sequence[PortCase]) -> Iterator[ExplainNote]:
     for case in cases:
         for family in case.plans:
@@ -121,6 +144,9 @@ def _hints(facts: Facts, cases: Sequence[PortCase]) -> Iterator[ExplainNote]:
                 text = f"topology hints are ignored: {len(ready) - len(hinted)} of {len(ready)} endpoints have none"
                 yield _note("HintsNotUsed", text)
                 return
+        if text := hints_elsewhere(facts, case):
+            yield _note("HintsExcludeThisNode", text)
+            return
 
 
 def _balancer(facts: Facts, raw: SeenService | None, cases: Sequence[PortCase]) -> Iterator[ExplainNote]:
@@ -129,7 +155,10 @@ def _balancer(facts: Facts, raw: SeenService | None, cases: Sequence[PortCase]) 
     if any(plan.unrestricted for case in cases for plan in case.plans.values()):
         text = "loadBalancerSourceRanges has no range of the family of a load balancer address: it is open to all"
         yield _note("SourceRangesIgnored", text)
-    if service.source_ranges and not service.vips:
+    if service.source_ranges and not service.vips and raw is not None and raw.ingress:
+        text = "the load balancer itself, not this node, enforces loadBalancerSourceRanges: NodePorts are open to all"
+        yield _note("SourceRangesWithoutLoadBalancer", text)
+    elif service.source_ranges and not service.vips:
         yield _note(
             "SourceRangesWithoutLoadBalancer",
             "loadBalancerSourceRanges restricts only load balancer addresses, and the Service has none here",

@@ -34,7 +34,7 @@ ReasonCode: TypeAlias = Literal[
     "StaleConntrack",
     "NodePortNotOnThisAddress",
     "LoadBalancerPending",
-    "HintsExcludeThisNode",
+    "EndpointSlicesOutOfDate",
 ]
 """Why a Service does not work, or not completely. A code never changes its meaning."""
 NoteCode: TypeAlias = Literal[
@@ -43,6 +43,8 @@ NoteCode: TypeAlias = Literal[
     "PodsWithoutPort",
     "SomeEndpointsNotReady",
     "HintsNotUsed",
+    "HintsExcludeThisNode",
+    "EndpointSlicesOutOfDate",
     "SourceRangesIgnored",
     "SourceRangesWithoutLoadBalancer",
     "NodePortNotOnThisAddress",
@@ -51,6 +53,7 @@ NoteCode: TypeAlias = Literal[
     "ServiceBeingDeleted",
     "NodeUnknown",
     "LoadBalancerBypassesNode",
+    "ClusterIPOfNode",
 ]
 """What is worth knowing about a Service, although it is not why the Service does not work."""
 EndpointState: TypeAlias = Literal[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 from kproxy.diagnose.cluster_objects import (
@@ -11,7 +11,6 @@ from kproxy.diagnose.cluster_objects import (
     Pod,
     PodCondition,
     PodPort,
-    PodStatus,
     SeenServicePort,
     is_subset,
 )
@@ -19,6 +18,8 @@ from kproxy.diagnose.explain_report import Reason
 
 MAX_NAMED = 3
 """Maximum number of Pods that one sentence names."""
+_TYPO = 0.8
+"""Minimum similarity of two label values, from 0 to 1, of which one is probably a misspelling of the other."""
 
 
 def plural(count: int, word: str) -> str:
@@ -61,16 +62,18 @@ def unmatched_selector(namespace: str, selector: Mapping[str, str], every: Seque
     own = [pod for pod in every if pod.metadata.namespace == namespace]
     elsewhere = [pod for pod in every if pod.metadata.namespace != namespace and _has_labels(selector, pod)]
     details: list[str] = []
-    fix = f"compare the selector with the labels of the pods: kubectl get pods -n {namespace} --show-labels"
+    compare = f"compare the selector with the labels of the pods: kubectl get pods -n {namespace} --show-labels"
+    fix = f"start the pods (does their Deployment have 0 replicas?), or {compare}"
     if (best := _closest(selector, own)) is not None:
         pod, wrong = best
         labels = pod.metadata.labels or {}
         found = ", ".join(f"{name}={labels[name]}" if name in labels else f"no label {name}" for name in wrong)
         details.append(f"pod {pod.metadata.name} comes closest: it has {found}")
         name = wrong[0]
-        if len(wrong) == 1 and name in labels:
+        is_typo = get_close_matches(labels.get(name, ""), [selector[name]], 1, _TYPO)
+        if len(wrong) == 1 and is_typo:
             fix = f'set spec.selector.{name} to "{labels[name]}", or the label {name} of the pods to "{selector[name]}"'
-        elif len(wrong) == 1:
+        elif len(wrong) == 1 and name not in labels:
             fix = f"add the label {name}={selector[name]} to the pods, or remove it from spec.selector"
     elif elsewhere:
         other = elsewhere[0].metadata.namespace
@@ -142,17 +145,18 @@ def _they_declare(pods: Sequence[Pod]) -> str:
     return f"{subject}: {declared_text(pods)}" if declared_text(pods) else f"{subject} no ports"
 
 
-def pods_not_ready(pods: Sequence[Pod]) -> Reason:
+def pods_not_ready(pods: Sequence[Pod], unready_nodes: Collection[str] = ()) -> Reason:
     """Return the reason of a Service none of whose Pods is ready. `pods` are those that its selector matches."""
     waiting = [pod for pod in pods if not pod.finished] or list(pods)
     causes: dict[str, list[Pod]] = {}
     for pod in waiting:
-        causes.setdefault(why_not_ready(pod), []).append(pod)
+        causes.setdefault(why_not_ready(pod, unready_nodes), []).append(pod)
     details = [f"{names_of(group)}: {cause}" for cause, group in causes.items()]
     first = waiting[0]
     namespace, name = first.metadata.namespace, first.metadata.name
     fix = next(
-        (fix for pod in waiting if (fix := _fix(pod))), f"see the reason: kubectl describe pod -n {namespace} {name}"
+        (fix for pod in waiting if (fix := _fix(pod, unready_nodes))),
+        f"see the reason: kubectl describe pod -n {namespace} {name}",
     )
     if all(pod.finished for pod in pods):
         message = f"its {plural(len(pods), 'pod')} ended and will not serve again" if len(pods) > 1 else "its pod ended"
@@ -161,7 +165,7 @@ def pods_not_ready(pods: Sequence[Pod]) -> Reason:
     return Reason(code="PodsNotReady", message=message, details=tuple(details[:5]), fix=fix)
 
 
-def why_not_ready(pod: Pod) -> str:
+def why_not_ready(pod: Pod, unready_nodes: Collection[str] = ()) -> str:
     """Return why a Pod is not ready, in one line."""
     status = pod.status
     if pod.finished or pod.terminating:
@@ -171,7 +175,9 @@ def why_not_ready(pod: Pod) -> str:
     scheduled = conditions.get("PodScheduled")
     if scheduled is not None and scheduled.status == "False":
         return "not scheduled to a node" + (f": {scheduled.message}" if scheduled.message else "")
-    if problem := _container_problems(status):
+    if pod.spec.node_name in unready_nodes:
+        return f"its node {pod.spec.node_name} is not ready"
+    if problem := _container_problems(pod):
         return problem
     return _ready_problem(conditions.get("Ready")) or f"phase {status.phase or 'unknown'}"
 
@@ -182,14 +188,18 @@ def _ready_problem(ready: PodCondition | None) -> str:
     return ready.message if ready is not None else ""
 
 
-def _container_problems(status: PodStatus) -> str:
+def _container_problems(pod: Pod) -> str:
+    status = pod.status
     if (problem := _container_problem(status.init_container_statuses or ())) is not None:
         return f"init container {problem}"
     if (problem := _container_problem(status.container_statuses or ())) is not None:
         return f"container {problem}"
     for each in status.container_statuses or ():
         if not each.ready and each.state is not None and each.state.running is not None:
-            return f"container {each.name} runs, but its readiness probe fails"
+            spec = next((one for one in pod.spec.containers or () if one.name == each.name), None)
+            is_starting = each.started is False and spec is not None and spec.startup_probe is not None
+            problem = "startup probe has not succeeded yet" if is_starting else "readiness probe fails"
+            return f"container {each.name} runs, but its {problem}"
     return ""
 
 
@@ -206,13 +216,17 @@ def _container_problem(statuses: Iterable[ContainerStatus]) -> str | None:
     return None
 
 
-def _fix(pod: Pod) -> str:
+def _fix(pod: Pod, unready_nodes: Collection[str]) -> str:
     namespace, name = pod.metadata.namespace, pod.metadata.name
-    problem = why_not_ready(pod)
+    problem = why_not_ready(pod, unready_nodes)
+    if pod.spec.node_name in unready_nodes and pod.spec.node_name in problem:
+        return f"repair the node, or remove it: kubectl describe node {pod.spec.node_name}"
     if "CrashLoopBackOff" in problem or "exit code" in problem:
         return f"read why it ends: kubectl logs -n {namespace} {name} --previous"
     if "Image" in problem:
         return "correct the name of the image or the credentials of its registry"
+    if "startup probe" in problem:
+        return f"make the startup probe succeed; its last failures: kubectl describe pod -n {namespace} {name}"
     if "readiness probe" in problem:
         return f"make the readiness probe succeed; its last failures: kubectl describe pod -n {namespace} {name}"
     return ""

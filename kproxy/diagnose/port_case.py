@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from kproxy.diagnose.explain_facts import Facts, TrackedFlow
 from kproxy.model.addresses import socket_text
@@ -20,8 +21,17 @@ class PortCase(Struct, frozen=True):
     index: int
     port: ServicePort
     plans: dict[Family, ServicePortPlan]
-    lost: tuple[FrontendConflict, ...]
+    lost_in: dict[Family, tuple[FrontendConflict, ...]]
     won: tuple[FrontendConflict, ...]
+
+    @property
+    def lost(self) -> tuple[FrontendConflict, ...]:
+        """The frontends that belong to other Services, in all families."""
+        return tuple(each for family in self.plans for each in self.lost_in[family])
+
+    def only(self, family: Family) -> PortCase:
+        """Return the same port in one of its families."""
+        return replace(self, plans={family: self.plans[family]})
 
 
 def cases_of(facts: Facts, service: Service) -> Iterator[PortCase]:
@@ -30,10 +40,15 @@ def cases_of(facts: Facts, service: Service) -> Iterator[PortCase]:
     others = {family: list(facts.other_plans(family)) for family in plans}
     for index, port in enumerate(service.ports):
         own = {family: each[index] for family, each in plans.items()}
-        conflicts = [c for family, plan in own.items() for c in _conflicts(plan, others[family])]
-        conflicts += (c for plan in own.values() for c in _kernel_conflicts(facts, plan))
-        lost = tuple(each for each in conflicts if each.owner != own[next(iter(own))].name)
-        yield PortCase(index, port, own, lost, tuple(each for each in conflicts if each not in lost))
+        conflicts = {
+            family: (*_conflicts(plan, others[family]), *_kernel_conflicts(facts, plan)) for family, plan in own.items()
+        }
+        lost = {
+            family: tuple(each for each in found if each.owner != own[family].name)
+            for family, found in conflicts.items()
+        }
+        won = tuple(each for family, found in conflicts.items() for each in found if each not in lost[family])
+        yield PortCase(index, port, own, lost, won)
 
 
 def claimed_frontends(plan: ServicePortPlan) -> Iterator[tuple[str, tuple[ClaimRank, str]]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from kproxy.diagnose.client_view import load_balancer_pending
+from kproxy.diagnose.client_view import ClientPlace, load_balancer_pending
 from kproxy.diagnose.explain_facts import Facts
 from kproxy.diagnose.explain_report import Reason
 from kproxy.diagnose.pods import plural
 from kproxy.diagnose.port_case import PortCase, known_endpoints, own_flows
 from kproxy.model.addresses import family_of, split_socket_text
+from kproxy.model.endpoints import Sockets
+from kproxy.model.plan import ServicePortPlan
 from kproxy.model.types import Family
 
 
@@ -53,20 +55,29 @@ def stale_reason(facts: Facts, case: PortCase) -> Reason | None:
     return Reason(code="StaleConntrack", message=message, details=tuple(details), fix=f"delete the entries: {command}")
 
 
-def only_terminating(facts: Facts, case: PortCase) -> Reason | None:
-    """Return the reason if all endpoints in use are terminating."""
+def only_terminating(facts: Facts, case: PortCase, client: ClientPlace | None) -> Reason | None:
+    """Return the reason if all endpoints in use are terminating. `client` is the client that uses them, None if any."""
     for family, plan in case.plans.items():
         known = known_endpoints(facts, case, family)
-        used = [known[socket] for socket in plan.reachable_endpoints if socket in known]
+        used = [known[socket] for socket in _used_by(plan, client) if socket in known]
         if used and all(endpoint.terminating and not endpoint.ready for endpoint in used):
             count = len(used)
-            subject = "its only endpoint is" if count == 1 else f"all {count} endpoints are"
+            node = (client.other_node if client is not None else "") or facts.node_name
+            where = f" on {node}" if any(endpoint.ready for endpoint in known.values()) else ""
+            subject = f"its only endpoint{where} is" if count == 1 else f"all {count} endpoints{where} are"
             return Reason(
                 code="OnlyTerminating",
                 message=f"{subject} terminating: connections work only until the pods have ended",
                 fix="start pods that stay: check the replicas of the Deployment and whether new pods become ready",
             )
     return None
+
+
+def _used_by(plan: ServicePortPlan, client: ClientPlace | None) -> Sockets:
+    if client is None or client.inside is None:
+        return plan.reachable_endpoints
+    is_local = plan.internal_local if client.inside else plan.external_local
+    return plan.local_endpoints if is_local else plan.cluster_endpoints
 
 
 def balancer_pending(facts: Facts, case: PortCase) -> Reason | None:
@@ -95,10 +106,10 @@ def node_port_reason(facts: Facts, case: PortCase) -> Reason | None:
     )
 
 
-def hints_reason(facts: Facts, case: PortCase) -> Reason | None:
-    """Return the reason if all endpoints have hints, but none of them is for this node or its zone.
+def hints_elsewhere(facts: Facts, case: PortCase) -> str:
+    """Return a remark if all endpoints have hints, but none of them is for this node or its zone; or "".
 
-    Without the Node, its zone is unknown.
+    Connections then go to endpoints everywhere. Without the Node, its zone is unknown.
     """
     for family in case.plans if facts.node is not None else ():
         context = facts.context(family)
@@ -115,15 +126,8 @@ def hints_reason(facts: Facts, case: PortCase) -> Reason | None:
         word = ("zone" if zones else "node") + ("" if len(zones or nodes) == 1 else "s")
         named = f"{word} {', '.join(zones or nodes)}"
         if zones and not context.zone:
-            own = f"{facts.node_name} has no zone"
-            fix = "add the label topology.kubernetes.io/zone to the Node"
+            own = f"{facts.node_name} has no zone (label topology.kubernetes.io/zone)"
         else:
             own = f"{facts.node_name} is in zone {context.zone}" if zones else f"this is {facts.node_name}"
-            fix = "run endpoints in this zone, or remove trafficDistribution or the topology mode of the Service"
-        return Reason(
-            code="HintsExcludeThisNode",
-            message=f"the topology hints name only {named}, and {own}",
-            details=("so the hints are ignored here: connections go to endpoints everywhere",),
-            fix=fix,
-        )
-    return None
+        return f"the topology hints name only {named}, and {own}: connections go to endpoints everywhere"
+    return ""

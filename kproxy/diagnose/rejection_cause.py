@@ -27,6 +27,9 @@ from kproxy.model.addresses import family_of
 from kproxy.model.endpoints import endpoints_by_socket
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, ServicePort
 
+PODS_CONTROLLER = "endpointslice-controller.k8s.io"
+"""The value of the label `endpointslice.kubernetes.io/managed-by` of slices that list the Pods of a selector."""
+
 
 def matching_pods(facts: Facts) -> tuple[Pod, ...] | None:
     """Return the Pods that the Service selects, or None if Pods could not be seen or it has no selector."""
@@ -35,10 +38,42 @@ def matching_pods(facts: Facts) -> tuple[Pod, ...] | None:
     if objects is None or objects.pods is None or raw is None or not raw.spec.selector:
         return None
     namespace, selector = facts.key.partition("/")[0], raw.spec.selector
-    return tuple(
-        pod
-        for pod in objects.pods
-        if pod.metadata.namespace == namespace and is_subset(selector, pod.metadata.labels or {})
+    own = [pod for pod in objects.pods if pod.metadata.namespace == namespace]
+    if not own and not facts.live and any(each.endpoints for each in facts.slices):
+        return None  # the files lack the Pods of this namespace
+    return tuple(pod for pod in own if is_subset(selector, pod.metadata.labels or {}))
+
+
+def managed_endpoints(facts: Facts) -> list[Endpoint]:
+    """Return the endpoints of the slices that a controller writes for the Pods of the Service."""
+    seen = facts.objects.slices_of(facts.key) if facts.objects else ()
+    managed = [each.decoded for each in seen if each.decoded is not None and each.managed_by == PODS_CONTROLLER]
+    return [endpoint for each in managed for endpoint in each.endpoints]
+
+
+def endpoints_without_pods(facts: Facts, port: ServicePort, families: Sequence[Family]) -> Reason | None:
+    """Return the reason if ready endpoints have addresses of none of the Pods that the Service selects.
+
+    Families in which the status of no Pod has an address are left out.
+    """
+    taken = {address for pod in matching_pods(facts) or () if not pod.finished for address in pod.addresses}
+    families = [family for family in families if any(family_of(address) is family for address in taken)]
+    managed = {each.address for each in managed_endpoints(facts)} - taken
+    known = [
+        endpoint
+        for family in families
+        for endpoint in endpoints_by_socket(facts.slices, family, port.name, port.protocol).values()
+    ]
+    gone = sorted({each.address for each in known if each.ready and each.address in managed})
+    if not gone:
+        return None
+    address = "this address" if len(gone) == 1 else "these addresses"
+    shown = ", ".join(gone[:3]) + (" and others" if len(gone) > 3 else "")
+    return Reason(
+        code="EndpointSlicesOutOfDate",
+        message=f"the EndpointSlices list {shown}, but no pod of the Service has {address}",
+        details=("connections to an address without a pod fail",),
+        fix="check that kube-controller-manager runs: it writes the EndpointSlices",
     )
 
 
@@ -64,10 +99,15 @@ def rejection_cause(facts: Facts, port: ServicePort, index: int, families: Seque
     if (reason := _unusable_slices(seen)) is not None:
         return reason
     if any(each.endpoints for each in in_families):
-        return _port_in_no_slice(raw, port, index, in_families)
+        return _port_in_no_slice(raw, port, index, in_families, live)
     if any(each.endpoints for each in facts.slices):
-        return family_missing(facts, families, pods)
+        has_addresses = any(family_of(address) in families for pod in live for address in pod.addresses)
+        return _slice_missing(families) if has_addresses else family_missing(facts, families, pods)
     return _nothing_listed(facts, raw, pods, live)
+
+
+def _unready_nodes(facts: Facts) -> frozenset[str]:
+    return facts.objects.unready_nodes if facts.objects else frozenset()
 
 
 def _cause_in_pods(
@@ -79,7 +119,7 @@ def _cause_in_pods(
     if not pods:
         return unmatched_selector(namespace, selector, every)
     if not live:
-        return pods_not_ready(pods)
+        return pods_not_ready(pods, _unready_nodes(facts))
     port = _raw_port(raw, index)
     if port is not None and not any(resolves(pod, port) for pod in live):
         return unresolved_target_port(port, index, live)
@@ -105,7 +145,7 @@ def _unusable_endpoints(
     if all(endpoint.terminating for endpoint in known.values()):
         staying = [pod for pod in live if not pod.terminating]
         if staying and all(pod.unready for pod in staying):
-            return pods_not_ready(staying)
+            return pods_not_ready(staying, _unready_nodes(facts))
         subject = "its only endpoint is" if count == 1 else f"all {count} endpoints are"
         return Reason(
             code="OnlyTerminating",
@@ -113,7 +153,7 @@ def _unusable_endpoints(
             fix="start pods that stay: check the replicas of the Deployment and whether new pods can be scheduled",
         )
     if pods is not None and live and all(pod.unready for pod in live):
-        return pods_not_ready(live)
+        return pods_not_ready(live, _unready_nodes(facts))
     subject = "its only endpoint is" if count == 1 else f"none of its {count} endpoints is"
     message = f"{subject} {'not ' if count == 1 else ''}ready"
     details: tuple[str, ...] = ()
@@ -130,10 +170,11 @@ def _unusable_endpoints(
 def _nothing_listed(facts: Facts, raw: SeenService | None, pods: Sequence[Pod] | None, live: Sequence[Pod]) -> Reason:
     """Return the reason if no slice lists any endpoint."""
     unready = pods is not None and live and all(pod.unready for pod in live)
-    if not unready or (raw is not None and raw.spec.publish_not_ready_addresses):
+    published = raw is not None and raw.spec.publish_not_ready_addresses and any(pod.addresses for pod in live)
+    if not unready or published:
         return _no_slices(facts, raw, pods, live)
     if not all(pod.terminating for pod in live):
-        return pods_not_ready(live)
+        return pods_not_ready(live, _unready_nodes(facts))
     return Reason(
         code="OnlyTerminating",
         message=f"all of its pods are being deleted: {names_of(live)}",
@@ -177,19 +218,35 @@ def _ignored_fields(each: SeenSlice, what: str) -> Reason:
 
 
 def _port_in_no_slice(
-    raw: SeenService | None, port: ServicePort, index: int, slices: Sequence[EndpointSlice]
+    raw: SeenService | None, port: ServicePort, index: int, slices: Sequence[EndpointSlice], pods: Sequence[Pod]
 ) -> Reason:
+    """Return the reason if no slice has the port. `pods` are the Pods that have the target port."""
     found = {_port_text(target) for each in slices for target in each.ports}
     wanted = _port_text(port)
     raw_port = _raw_port(raw, index)
-    details = (f"they have: {', '.join(sorted(found))}" if found else "they have no ports",)
-    if raw is not None and raw.spec.selector and raw_port is not None and isinstance(raw_port.target, str):
+    details: tuple[str, ...] = (f"they have: {', '.join(sorted(found))}" if found else "they have no ports",)
+    if pods and raw is not None and raw.spec.selector:
+        has = "has" if len(pods) == 1 else "have"
+        message = f"no EndpointSlice has the port {wanted}, although {plural(len(pods), 'pod')} {has} its target port"
+        details += ("the EndpointSlices are out of date",)
+        fix = "check that kube-controller-manager runs: it writes the EndpointSlices"
+    elif raw is not None and raw.spec.selector and raw_port is not None and isinstance(raw_port.target, str):
         message = f'no pod resolves targetPort "{raw_port.target}": no EndpointSlice has the port {wanted}'
         fix = f"set spec.ports[{index}].targetPort to a port name that the pods declare, or to a number"
     else:
         message = f"no EndpointSlice of the Service has a port {wanted}"
         fix = f"give the port in the EndpointSlice the name and protocol of spec.ports[{index}], or the other way round"
     return Reason(code="TargetPortUnresolved", message=message, details=details, fix=fix)
+
+
+def _slice_missing(families: Sequence[Family]) -> Reason:
+    missing = " or ".join(family.value for family in families)
+    return Reason(
+        code="NoEndpoints",
+        message=f"no EndpointSlice lists {missing} endpoints",
+        details=(f"its pods have {missing} addresses, so an EndpointSlice is missing",),
+        fix="check that kube-controller-manager runs: it writes the EndpointSlices",
+    )
 
 
 def _port_text(port: ServicePort | EndpointPort) -> str:
@@ -222,7 +279,9 @@ def _no_slices(
     namespace, name = facts.key.split("/", 1)
     objects = facts.objects
     every = objects.slices if objects and objects.slices is not None else ()
-    strays = [each for each in every if each.namespace == namespace and not each.label and each.name.startswith(name)]
+    strays = [
+        each for each in every if each.namespace == namespace and not each.label and each.name.startswith(f"{name}-")
+    ]
     elsewhere = [each for each in every if each.label == name and each.namespace != namespace]
     details: list[str] = []
     if strays:
@@ -234,7 +293,8 @@ def _no_slices(
             details.append(f"EndpointSlice {elsewhere[0].name} names it, but is in namespace {elsewhere[0].namespace}")
         fix = f"set spec.selector, or create an EndpointSlice with the label {SERVICE_NAME_LABEL}: {name}"
     elif pods is not None:
-        details.append(f"{plural(len(live), 'pod')} match the selector, but no EndpointSlice lists them")
+        verb = "matches" if len(live) == 1 else "match"
+        details.append(f"{plural(len(live), 'pod')} {verb} the selector, but no EndpointSlice lists them")
         if facts.live:
             fix = "check that kube-controller-manager runs: it writes the EndpointSlices"
         else:
@@ -246,8 +306,6 @@ def _no_slices(
         fix = f"check that pods match the selector: kubectl get pods -n {namespace}{shown}"
     seen = objects.slices_of(facts.key) if objects else ()
     details += [f"kproxy ignores EndpointSlice {each.name}: {each.problem}" for each in seen if each.decoded is None]
-    if objects is not None and objects.slices == () and not facts.live:
-        details.append("the files contain no EndpointSlices at all")
     message = (
         "its EndpointSlices list no endpoints"
         if seen or facts.slices

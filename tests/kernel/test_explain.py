@@ -82,7 +82,7 @@ def test_programmed_rules_match(machine: Machine, service: str) -> None:
 
 @BOTH_MODES
 def test_rules_that_reject_match(machine: Machine) -> None:
-    text = cluster(NODE_PORT, PODS)
+    text = cluster(NODE_PORT, PODS, OTHER)
     machine.apply(text)
     report = machine.explain()
     assert (report["verdict"], report["reason"]["code"], report["kernel"]["matches"]) == (
@@ -162,7 +162,7 @@ def test_many_endpoints_and_ports(machine: Machine) -> None:
     ports = "".join(f"  - {{name: p{number}, port: {number}, targetPort: http}}\n" for number in range(1001, 1005))
     names = "".join(f"{{name: p{number}, port: {number}}}, " for number in range(1001, 1005))
     slices = edit(edit(SLICE, "endpoints:\n", f"endpoints:\n{endpoints}"), "ports: [", f"ports: [{names}")
-    text = cluster(NODE_PORT + ports, slices, PODS)
+    text = cluster(NODE_PORT + ports, slices)
     machine.apply(text)
     insert(machine.namespace, Flow("10.244.1.77:4000", "10.96.0.82:1003", "10.244.3.9:1003", socket.IPPROTO_TCP))
     report = machine.explain()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from kproxy.diagnose.explain_report import ReasonCode, Verdict
@@ -122,6 +123,16 @@ addressType: IPv4
 endpoints: [{addresses: [10.244.1.9], conditions: {ready: true}, nodeName: node-1}]
 ports: [{port: 8080}]
 """
+IPV6_DRAINING = SLICE_IPV6.replace(
+    "ready: true, serving: true, terminating: false", "ready: false, serving: true, terminating: true"
+)
+EXTERNAL_SLICE = SLICE.replace("10.244.1.5", "203.0.113.50").replace(", nodeName: node-1", "")
+BALANCER_STATUS = "status: {loadBalancer: {ingress: [{ip: 203.0.113.80}]}}\n"
+LOCAL_DUAL_STACK = (
+    DUAL_STACK.replace("type: ClusterIP", "type: NodePort")
+    .replace("targetPort: http}", "targetPort: http, nodePort: 30080}")
+    .replace("  selector:", "  externalTrafficPolicy: Local\n  selector:")
+)
 POLICY = """
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -146,6 +157,11 @@ def no_pods(text: str, *parts: str) -> str:
 
 def cluster(*parts: str) -> str:
     return "---".join((NODES, *parts))
+
+
+def no_cidrs(*parts: str) -> str:
+    """Return a cluster whose network plugin does not use the pod networks of Nodes."""
+    return re.sub(r"spec: {podCIDRs: .*}", "spec: {}", cluster(*parts))
 
 
 @dataclass(frozen=True)
@@ -321,12 +337,14 @@ BROKEN = [
     ),
     SetUp(
         "no selector and no slice",
-        no_pods(without(SERVICE, "  selector: {app: api}\n")),
+        no_pods(without(SERVICE, "  selector: {app: api}\n"), OTHER),
         "REJECTED",
         "NoEndpoints",
         "no selector",
     ),
-    SetUp("ready pods in no slice", cluster(SERVICE, PODS), "REJECTED", "NoEndpoints", "kube-controller-manager"),
+    SetUp(
+        "ready pods in no slice", cluster(SERVICE, PODS, OTHER), "REJECTED", "NoEndpoints", "kube-controller-manager"
+    ),
     SetUp(
         "slice without the label",
         no_pods(without(SERVICE, "  selector: {app: api}\n"), edit(SLICE, "kubernetes.io/service-name: api, ", "")),
@@ -501,14 +519,6 @@ BROKEN = [
         "LoadBalancerPending",
         "NodePort",
     ),
-    SetUp("hints for other zones", cluster(SERVICE, ZONE_HINTS, PODS), "DEGRADED", "HintsExcludeThisNode", "zone b"),
-    SetUp(
-        "hints, but the node has no zone",
-        cluster(SERVICE, ZONE_HINTS, PODS).replace(", labels: {topology.kubernetes.io/zone: a}", ""),
-        "DEGRADED",
-        "HintsExcludeThisNode",
-        "topology.kubernetes.io/zone",
-    ),
     SetUp(
         "one of two ports",
         cluster(
@@ -645,6 +655,204 @@ BROKEN = [
         "has no pods",
     ),
     SetUp(
+        "IPv6 client of a load balancer with an IPv4 address",
+        cluster(edit(DUAL_STACK, "type: ClusterIP", "type: LoadBalancer") + BALANCER_STATUS, SLICE, SLICE_IPV6),
+        "NOT PROGRAMMED",
+        "FamilyMissing",
+        "203.0.113.80",
+        client="2001:db8::7",
+    ),
+    SetUp(
+        "client that is an endpoint outside the cluster",
+        cluster(without(SERVICE, "  selector: {app: api}\n"), EXTERNAL_SLICE),
+        "DROPPED",
+        "ReachedOnlyFromInside",
+        "an endpoint of this Service outside the cluster",
+        client="203.0.113.50",
+    ),
+    SetUp(
+        "outside client of a ClusterIP without endpoints",
+        cluster(SERVICE, UNREADY_SLICE),
+        "DROPPED",
+        "ReachedOnlyFromInside",
+        client="203.0.113.7",
+    ),
+    SetUp(
+        "externalTrafficPolicy Local in one of two families",
+        cluster(LOCAL_DUAL_STACK, SLICE, SLICE_IPV6.replace("nodeName: node-1", "nodeName: node-2")),
+        "DEGRADED",
+        "NoLocalEndpoints",
+        "IPv6 endpoint",
+    ),
+    SetUp(
+        "no address for NodePorts, client outside",
+        cluster(NODE_PORT, SLICE, PODS),
+        "NOT PROGRAMMED",
+        "NodePortNotOnThisAddress",
+        flags=("--nodeport-addresses=172.16.0.0/12,fd99::/64",),
+        client="203.0.113.7",
+    ),
+    SetUp(
+        "NodePort of another Service, client outside",
+        cluster(
+            NODE_PORT,
+            SLICE,
+            PODS,
+            edit(OTHER, "type: ClusterIP", "type: NodePort").replace(
+                "ports: [{port: 80}]", "ports: [{port: 80, nodePort: 30080}]"
+            ),
+        ),
+        "NOT PROGRAMMED",
+        "PortConflict",
+        client="203.0.113.7",
+    ),
+    SetUp(
+        "endpoints whose pods do not exist",
+        cluster(SERVICE, SLICE, PODS.replace("10.244.2.5", "10.244.2.99")),
+        "DEGRADED",
+        "EndpointSlicesOutOfDate",
+        "10.244.2.5, but no pod",
+    ),
+    SetUp(
+        "endpoints on other nodes without the client's node",
+        cluster(
+            edit(SERVICE, "  selector:", "  internalTrafficPolicy: Local\n  selector:"),
+            DRAINING_SLICE.replace("nodeName: node-1", "nodeName: node-2"),
+        ),
+        "DROPPED",
+        "NoLocalEndpoints",
+        "usable endpoints are on: node-2",
+    ),
+    SetUp(
+        "another application with the same instance label",
+        cluster(
+            edit(SERVICE, "{app: api}", "{app: api, instance: shop}"),
+            EMPTY_SLICE,
+            PODS.replace("app: api", "app: redis, instance: shop"),
+        ),
+        "REJECTED",
+        "SelectorMatchesNothing",
+        "start the pods",
+    ),
+    SetUp(
+        "pods of a newer version",
+        cluster(SERVICE, EMPTY_SLICE, PODS.replace("app: api", "app: api-v2")),
+        "REJECTED",
+        "SelectorMatchesNothing",
+        "start the pods",
+    ),
+    SetUp(
+        "pods that cannot be scheduled, but would be published",
+        cluster(
+            edit(SERVICE, "  selector:", "  publishNotReadyAddresses: true\n  selector:"),
+            EMPTY_SLICE,
+            UNREADY_PODS.replace("podIP: 10.244.1.5", "x: 0").replace("podIP: 10.244.2.5", "x: 0"),
+        ),
+        "REJECTED",
+        "PodsNotReady",
+    ),
+    SetUp(
+        "one pod in no slice",
+        cluster(SERVICE, PODS.partition("---")[0], OTHER),
+        "REJECTED",
+        "NoEndpoints",
+        "1 pod matches the selector",
+    ),
+    SetUp(
+        "the IPv6 slice of dual-stack pods is missing",
+        cluster(
+            DUAL_STACK,
+            SLICE,
+            PODS.replace("podIP: 10.244.1.5", 'podIPs: [{ip: 10.244.1.5}, {ip: "fd00:10:244:1::5"}]'),
+        ),
+        "DEGRADED",
+        "NoEndpoints",
+        "no EndpointSlice lists IPv6 endpoints",
+    ),
+    SetUp(
+        "slices with an older name of the port",
+        cluster(edit(SERVICE, "{name: http,", "{name: web,"), SLICE, PODS),
+        "REJECTED",
+        "TargetPortUnresolved",
+        "out of date",
+    ),
+    SetUp(
+        "startup probe",
+        cluster(
+            SERVICE,
+            UNREADY_SLICE,
+            UNREADY_PODS.replace("{name: server, ports", "{name: server, startupProbe: {}, ports").replace(
+                "{name: server, ready: false", "{name: server, started: false, ready: false"
+            ),
+        ),
+        "REJECTED",
+        "PodsNotReady",
+        "make the startup probe succeed",
+    ),
+    SetUp(
+        "both traffic policies Local",
+        cluster(
+            edit(
+                NODE_PORT,
+                "  selector:",
+                "  internalTrafficPolicy: Local\n  externalTrafficPolicy: Local\n  selector:",
+            ),
+            REMOTE_SLICE,
+        ),
+        "DROPPED",
+        "NoLocalEndpoints",
+        "set spec.internalTrafficPolicy and spec.externalTrafficPolicy to Cluster",
+    ),
+    SetUp(
+        "load balancer with policy Local pending",
+        cluster(
+            edit(BALANCER, "{ingress: [{ip: 203.0.113.80}]}", "{}").replace(
+                "  selector:", "  externalTrafficPolicy: Local\n  selector:"
+            ),
+            SLICE,
+            PODS,
+        ),
+        "DEGRADED",
+        "LoadBalancerPending",
+        "the NodePort of a node with endpoints",
+    ),
+    SetUp(
+        "slice of a Service with a longer name, without the label",
+        cluster(
+            without(SERVICE, "  selector: {app: api}\n"),
+            edit(SLICE, "kubernetes.io/service-name: api, ", "").replace("api-x7k2p", "apis-x7k2p"),
+        ),
+        "REJECTED",
+        "NoEndpoints",
+        "create an EndpointSlice",
+    ),
+    SetUp(
+        "pods on a node that is not ready",
+        cluster(SERVICE, UNREADY_SLICE, UNREADY_PODS).replace(
+            "status:\n  addresses: [{type: InternalIP, address: 192.168.0.12}",
+            "status:\n  conditions: [{type: Ready, status: Unknown}]\n"
+            "  addresses: [{type: InternalIP, address: 192.168.0.12}",
+        ),
+        "REJECTED",
+        "PodsNotReady",
+        "its node node-2 is not ready",
+    ),
+    SetUp(
+        "the endpoint for clients outside is terminating",
+        cluster(
+            edit(NODE_PORT, "  selector:", "  externalTrafficPolicy: Local\n  selector:"),
+            edit(
+                SLICE,
+                "[10.244.1.5], conditions: {ready: true, serving: true, terminating: false",
+                "[10.244.1.5], conditions: {ready: false, serving: true, terminating: true",
+            ),
+        ),
+        "DEGRADED",
+        "OnlyTerminating",
+        "its only endpoint on node-1 is terminating",
+        client="203.0.113.7",
+    ),
+    SetUp(
         "new pods that crash while the old ones end",
         no_pods(
             SERVICE,
@@ -660,6 +868,77 @@ BROKEN = [
     ),
 ]
 SOUND = [
+    SetUp(
+        "ClusterIP is an address of a node",
+        cluster(SERVICE.replace("10.96.0.82", "192.168.0.12"), SLICE, PODS),
+        "WORKS",
+        notes=frozenset({"ClusterIPOfNode"}),
+    ),
+    SetUp(
+        "network policy that allows everything",
+        cluster(
+            SERVICE, SLICE, PODS, POLICY.replace("policyTypes: [Ingress]", "policyTypes: [Ingress], ingress: [{}]")
+        ),
+        "WORKS",
+    ),
+    SetUp(
+        "IPv4 client, and the IPv6 endpoints are terminating",
+        cluster(DUAL_STACK, SLICE, IPV6_DRAINING),
+        "WORKS",
+        client="10.244.1.77",
+    ),
+    SetUp(
+        "IPv4 client, and another Service owns an IPv6 address",
+        cluster(
+            edit(DUAL_STACK, "  selector:", '  externalIPs: ["fd00:96::90"]\n  selector:'),
+            SLICE,
+            SLICE_IPV6,
+            OTHER.replace("10.96.0.90", '"fd00:96::90"'),
+        ),
+        "WORKS",
+        client="10.244.1.77",
+    ),
+    SetUp("client is this node", cluster(SERVICE, SLICE, PODS), "WORKS", client="127.0.0.1"),
+    SetUp("client is a ClusterIP", cluster(SERVICE, SLICE, PODS), "WORKS", client="10.96.0.82"),
+    SetUp("client and Nodes without pod networks", no_cidrs(SERVICE, SLICE), "WORKS", client="10.244.1.77"),
+    SetUp("client, but no Nodes", "---".join((SERVICE, SLICE)), "WORKS", client="10.244.1.77"),
+    SetUp(
+        "ready endpoints whose pods are not ready",
+        cluster(SERVICE, SLICE, UNREADY_PODS),
+        "WORKS",
+        notes=frozenset({"EndpointSlicesOutOfDate"}),
+    ),
+    SetUp(
+        "endpoints of an older selector",
+        cluster(edit(SERVICE, "app: api", "app: apis"), SLICE, PODS),
+        "WORKS",
+        notes=frozenset({"EndpointSlicesOutOfDate"}),
+    ),
+    SetUp(
+        "source ranges of a load balancer with only a host name",
+        cluster(
+            edit(BALANCER, "ip: 203.0.113.80", "hostname: lb.example.com").replace(
+                "  selector:", "  loadBalancerSourceRanges: [198.51.100.0/24]\n  selector:"
+            ),
+            SLICE,
+            PODS,
+        ),
+        "WORKS",
+        client="203.0.113.7",
+        notes=frozenset({"LoadBalancerBypassesNode", "SourceRangesWithoutLoadBalancer"}),
+    ),
+    SetUp(
+        "hints for other zones",
+        cluster(SERVICE, ZONE_HINTS, PODS),
+        "WORKS",
+        notes=frozenset({"HintsExcludeThisNode"}),
+    ),
+    SetUp(
+        "hints, but the node has no zone",
+        cluster(SERVICE, ZONE_HINTS, PODS).replace(", labels: {topology.kubernetes.io/zone: a}", ""),
+        "WORKS",
+        notes=frozenset({"HintsExcludeThisNode"}),
+    ),
     SetUp(
         "policy Local for a client on a node with an endpoint",
         cluster(edit(SERVICE, "  selector:", "  internalTrafficPolicy: Local\n  selector:"), REMOTE_SLICE, PODS),
