@@ -54,7 +54,7 @@ def managed_endpoints(facts: Facts) -> list[Endpoint]:
 def endpoints_without_pods(facts: Facts, port: ServicePort, families: Sequence[Family]) -> Reason | None:
     """Return the reason if ready endpoints have addresses of none of the Pods that the Service selects.
 
-    Families in which the status of no Pod has an address are left out.
+    Families in which the status of no Pod has an address are omitted.
     """
     taken = {address for pod in matching_pods(facts) or () if not pod.finished for address in pod.addresses}
     families = [family for family in families if any(family_of(address) is family for address in taken)]
