@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from kproxy import __version__
 from kproxy.model.addresses import family_of
@@ -203,15 +204,7 @@ class DaemonControl:
             waiting_seconds=0.0 if waiting is None or not pending else now - waiting,
             failures=record.failures,
             failure=record.failure,
-            services=ServiceSummary(
-                programmed=programmed,
-                without_endpoints=summary.without_endpoints,
-                dropped_by_local_policy=summary.dropped_by_local_policy,
-                in_conflict=summary.in_conflict,
-                quarantined=summary.quarantined,
-                invalid=summary.invalid,
-                ignored=summary.ignored,
-            ),
+            services=replace(summary, programmed=programmed),
             problems=tuple(self._problems(sync)),
             repairs=record.repairs,
             last_repairs=tuple(

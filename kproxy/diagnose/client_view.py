@@ -137,7 +137,7 @@ def no_way_in(
         return None
     if not plan.externally_accessible:
         return _no_external_frontend(facts, plan, client)
-    # In nftables mode, source ranges are checked before connections without endpoints are rejected.
+    # In nftables mode, source ranges are checked first, even if the Service has no endpoints.
     if facts.mode == "nftables" and not plan.has_endpoints:
         refused = source_reason(plan, client)
         return ("DROPPED", refused) if refused is not None else None

@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import Enum
 from typing import TypeAlias
 
@@ -113,13 +113,11 @@ def count_flows(family: Family) -> Counter[tuple[str, str, str]]:
 
 def _flow(layout: TupleLayout, data: bytes, begin: int, end: int) -> tuple[str, str, str] | None:
     found = attributes(data, begin + NFGENMSG_SIZE, end)
-    original, reply = found.get(CTA_TUPLE_ORIG), found.get(CTA_TUPLE_REPLY)
     for name, number in _FLOW_PROTOCOLS.items():
-        destination = _parse_socket(data, original, layout.destination, CTA_PROTO_DST_PORT, number)
-        source = _parse_socket(data, reply, layout.source, CTA_PROTO_SRC_PORT, number)
-        if destination and source:
+        if (sockets := _sockets_in(layout, data, found, number)) is not None:
             if name == "TCP" and _tcp_state(data, found.get(CTA_PROTOINFO)) in _CLOSED:
                 return None
+            destination, source = sockets
             return name, _text(layout, destination), _text(layout, source)
     return None
 
@@ -224,14 +222,14 @@ class _StaleFilter:
     """Decides which entries to delete, given their sockets."""
 
     def __init__(self, layout: TupleLayout, destinations: Collection[str], is_stale: IsStale) -> None:
-        self._address_family = layout.address_family
+        self._layout = layout
         self._is_stale = is_stale
         self._sockets: set[bytes] = set()
         self._ports: set[bytes] = set()
         for destination in destinations:
             address, port = split_socket_text(destination)
             if address:
-                self._sockets.add(socket.inet_pton(self._address_family, address) + _PORT.pack(port))
+                self._sockets.add(socket.inet_pton(layout.address_family, address) + _PORT.pack(port))
             else:
                 self._ports.add(_PORT.pack(port))
 
@@ -241,13 +239,9 @@ class _StaleFilter:
         destination, source = sockets
         if destination not in self._sockets and destination[-2:] not in self._ports:
             return _Action.KEEP
-        if not self._is_stale(self._text(destination), self._text(source)):
+        if not self._is_stale(_text(self._layout, destination), _text(self._layout, source)):
             return _Action.KEEP
         return _Action.DELETE if destination != source else _Action.DELETE_IN_DEFAULT_ZONE
-
-    def _text(self, packed: bytes) -> str:
-        address = socket.inet_ntop(self._address_family, packed[:-2])
-        return socket_text(address, _PORT.unpack(packed[-2:])[0])
 
 
 def read_flows(family: Family, protocol: int, port: int = 0) -> list[tuple[str, str]]:
@@ -266,7 +260,7 @@ def read_flows(family: Family, protocol: int, port: int = 0) -> list[tuple[str, 
             found = (_parse_sockets_of(layout, protocol, *message) for message in messages)
             # Kernels before 5.8 ignore the filter.
             return [
-                (_unpacked_text(layout, destination), _unpacked_text(layout, source))
+                (_text(layout, destination), _text(layout, source))
                 for destination, source in filter(None, found)
                 if destination.endswith(packed_port)
             ]
@@ -276,14 +270,16 @@ def read_flows(family: Family, protocol: int, port: int = 0) -> list[tuple[str, 
 
 def _parse_sockets_of(layout: TupleLayout, protocol: int, data: bytes, begin: int, end: int) -> FlowSockets | None:
     """Return the sockets of an entry, or None if the entry is not for this IP protocol."""
-    found = attributes(data, begin + NFGENMSG_SIZE, end)
+    return _sockets_in(layout, data, attributes(data, begin + NFGENMSG_SIZE, end), protocol)
+
+
+def _sockets_in(
+    layout: TupleLayout, data: bytes, found: Mapping[int, tuple[int, int]], protocol: int
+) -> FlowSockets | None:
+    """Like `_parse_sockets_of`, with the positions of the attributes of the entry."""
     destination = _parse_socket(data, found.get(CTA_TUPLE_ORIG), layout.destination, CTA_PROTO_DST_PORT, protocol)
     source = _parse_socket(data, found.get(CTA_TUPLE_REPLY), layout.source, CTA_PROTO_SRC_PORT, protocol)
     return (destination, source) if destination and source else None
-
-
-def _unpacked_text(layout: TupleLayout, packed: bytes) -> str:
-    return socket_text(socket.inet_ntop(layout.address_family, packed[:-2]), _PORT.unpack(packed[-2:])[0])
 
 
 def dump_request(
