@@ -300,6 +300,19 @@ def discover_nftables() -> dict[Family, NetlinkCommit | NftCommit]:
     return commits
 
 
+def probe_family(mode: str, family: Family) -> None:
+    """Return if a family works on this node in a mode, "iptables" or "nftables".
+
+    Otherwise, raises `CommandError` or `NftablesUnsupportedError`.
+    """
+    if not _has_family(family):
+        raise CommandError(f"the kernel does not support {family.value}")
+    if mode == "iptables":
+        check_tables(family, IptablesRunner(family).version())
+    else:
+        choose_commit(family)
+
+
 def ensure_packet_counters() -> bool:
     """Create the nfacct counters that rules refer to. If this fails, log the reason and return False."""
     try:
@@ -311,10 +324,14 @@ def ensure_packet_counters() -> bool:
 
 
 def _candidate_families() -> list[Family]:
-    if IPV6_ADDRESSES.exists():
-        return list(Family)
-    log.warning("skipping IPv6: the kernel does not support it")
-    return [Family.IPV4]
+    found = [family for family in Family if _has_family(family)]
+    for family in set(Family).difference(found):
+        log.warning("skipping %s: the kernel does not support it", family.value)
+    return found
+
+
+def _has_family(family: Family) -> bool:
+    return family is Family.IPV4 or IPV6_ADDRESSES.exists()
 
 
 def _why_ipv4_is_required(reasons: Mapping[Family, str]) -> str:

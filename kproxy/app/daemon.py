@@ -24,6 +24,7 @@ from kproxy.app.backends import (
     choose_mode,
     local_node_name,
     make_families,
+    probe_family,
     watched_kinds,
     watches_addresses,
 )
@@ -31,6 +32,7 @@ from kproxy.app.control import DaemonControl, DaemonLog, ObjectOrigin
 from kproxy.app.family_contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
+from kproxy.app.skipped_families import SkippedFamilies
 from kproxy.config import Config, as_document
 from kproxy.host.ctnetlink import UdpConntrack
 from kproxy.host.interfaces import AddressMonitor, own_addresses
@@ -106,8 +108,8 @@ class ConfigFile(Struct, frozen=True):
     load: Callable[[bytes], tuple[Config, list[str]]]
 
 
-class ConfigChangedError(Exception):
-    """The configuration file contains a new, valid configuration: the process must be restarted."""
+class RestartNeededError(Exception):
+    """The process must be restarted: the configuration has changed, or a skipped IP family works now."""
 
 
 def run(
@@ -124,8 +126,8 @@ def run(
     `objects` is a file or directory to watch instead of an API server, `server` overrides the API server's URL, `file`
     is the configuration file to watch, `flags` returns the values for `/flagz`, and `own_log` is the log of this
     process. Raises `StartError` or
-    `ListenError` if the daemon cannot start, `ConfigChangedError` when the configuration changes, and `RuntimeError` if
-    a thread fails.
+    `ListenError` if the daemon cannot start, `RestartNeededError` when the configuration changes or an IP family that
+    was skipped works, and `RuntimeError` if a thread fails.
     """
     Daemon(config, objects, server, file, flags, own_log=own_log).run()
 
@@ -164,7 +166,7 @@ class Daemon:
         self._source: ObjectSource | None = None
 
     def run(self) -> None:
-        """Run until SIGTERM or SIGINT arrives, a thread fails, or the configuration changes.
+        """Run until SIGTERM or SIGINT arrives, a thread fails, or the process must be restarted.
 
         Raises the same errors as the function `run` of this module.
         """
@@ -265,7 +267,7 @@ class Daemon:
         watches = () if rules_watch is None else (rules_watch,)
         self._source = self._object_source(client, name, serving, events)
         watches_and_workers = (*watches, *self._legacy_polls(), *workers.values())
-        for part in (*watches_and_workers, events, self._source, *self._monitors()):
+        for part in (*watches_and_workers, events, self._source, *self._monitors(families)):
             self._start(parts, part)
         periods = config.backend
         return Reconciler(
@@ -342,7 +344,9 @@ class Daemon:
     def _source_status(self) -> dict[str, object]:
         return self._source.status() if self._source is not None else {}
 
-    def _monitors(self) -> Iterator[Component]:
+    def _monitors(self, families: Collection[Family]) -> Iterator[Component]:
+        if skipped := [family for family in Family if family not in families]:
+            yield SkippedFamilies(skipped, partial(probe_family, self._config.effective_mode), self._family_works)
         if watches_addresses(self._config):
             yield AddressMonitor(lambda: self._messages.put(Resync()))
         if self._file is not None:
@@ -441,7 +445,10 @@ class Daemon:
 
     def _config_changed(self) -> None:
         assert self._file is not None
-        self._fail(ConfigChangedError(f"{self._file.path} has changed: exiting to restart with the new configuration"))
+        self._fail(RestartNeededError(f"{self._file.path} has changed: exiting to restart with the new configuration"))
+
+    def _family_works(self, family: Family) -> None:
+        self._fail(RestartNeededError(f"{family.value} works on this node now: exiting to restart with it"))
 
     def _fail(self, error: BaseException | None) -> None:
         self._failure = error

@@ -107,7 +107,7 @@ def _run_daemon(config: Config, options: argparse.Namespace, content: bytes) -> 
             flags=flags,
             own_log=keep_recent_lines(),
         )
-    except (StartError, ListenError, daemon.ConfigChangedError) as error:
+    except (StartError, ListenError, daemon.RestartNeededError) as error:
         raise CommandFailedError(str(error)) from None
 
 

@@ -1,8 +1,10 @@
-"""Failed starts: kproxy exits with one line and leaves the node unchanged."""
+"""Starts that fail entirely, with one line and without changes to the node, or for one IP family."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -113,6 +115,28 @@ def test_unprivileged_user_with_the_capability_can_run_kproxy(node: Namespace, m
     wait_until(has_synced, "the rules of the Services")
     process.terminate()
     assert process.wait(HANG_GUARD) == 0
+
+
+# IP families.
+
+
+def test_skipped_family_that_works_later_ends_the_process(node: Namespace, tmp_path: Path) -> None:
+    """The restarted process programs both families."""
+    failing, log = tmp_path / "failing", tmp_path / "log"
+    failing.touch()
+    wrapper = tmp_path / "ip6tables"
+    wrapper.write_text(f'#!/bin/sh\n[ ! -e {failing} ] || exit 4\nexec {shutil.which("ip6tables")} "$@"\n')
+    wrapper.chmod(0o755)
+    path = f"PATH={tmp_path}:{os.environ['PATH']}"
+    command = ["env", path, KPROXY, "run", OBJECTS, "--proxy-mode=iptables", NO_GLOBAL_SYSCTLS]
+    with log.open("w") as output:
+        process = node.popen(command, output)
+    wait_until(lambda: "IPv4: synced " in log.read_text(), "a sync of IPv4")
+    assert "skipping IPv6: ip6tables --version failed" in log.read_text()
+    failing.unlink()
+    assert process.wait(HANG_GUARD) == 1
+    assert log.read_text().endswith("kproxy: IPv6 works on this node now: exiting to restart with it\n")
+    assert "10.96.1.1" in node.run(["iptables-save"]).stdout
 
 
 # The order of steps at start.

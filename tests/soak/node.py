@@ -24,6 +24,7 @@ START_SECONDS = 4.0
 
 INJECTED = "injected failure"
 """What a program prints that fails on purpose."""
+FAMILY_WORKS = " works on this node now: exiting to restart with it"
 BAD_WORDS = ("Traceback", "unexpected")
 MIN_SYNC_PERIOD = "--iptables-min-sync-period=200ms"
 
@@ -126,14 +127,17 @@ class Proxy:
     def restart_if_exited(self) -> int | None:
         """If kproxy has exited on its own, start it again.
 
-        Return its exit status, or None if it had to exit: while the programs fail, no mode that needs them works.
+        Return its exit status, or None if it had to exit: while the programs fail, no mode that needs them works, and
+        when they work again, kproxy restarts to program a family that it had skipped.
         """
         code = self._running().poll()
         if code is None:
             return None
         lines = self.log.read_bytes()[self._log_begin :].decode(errors="replace").splitlines()
         self.start(self.mode)
-        return None if lines and "does not work on this node" in lines[-1] and INJECTED in lines[-1] else code
+        last = lines[-1] if lines else ""
+        cannot_start = "does not work on this node" in last and INJECTED in last
+        return None if cannot_start or last.endswith(FAMILY_WORKS) else code
 
     def wait_until_synced(self) -> None:
         """Return once the process has synced each family."""
