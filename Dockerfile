@@ -24,8 +24,10 @@ RUN python3 /src/deploy/image/rootfs.py /rootfs
 FROM scratch
 COPY --from=build /rootfs /
 # kproxy detects the host's iptables variant at startup. PATH contains the nf_tables variant, the usual one.
+# One memory pool for all threads, which hold Python's global lock whenever they allocate: saves 1 to 2 MB.
 ENV PATH=/opt/kproxy/bin:/usr/sbin:/usr/bin \
     KPROXY_IPTABLES=/usr/lib/kproxy/iptables \
+    MALLOC_ARENA_MAX=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 LABEL org.opencontainers.image.title="kproxy" \

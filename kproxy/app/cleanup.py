@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 from kproxy.host.commands import CommandError
-from kproxy.iptables.backend import MAX_TRANSACTION_RULES
 from kproxy.iptables.cleanup import cleanup, cleanup_ipvs
-from kproxy.iptables.diff import UNLIMITED
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName
 from kproxy.iptables.runner import IptablesRunner, IptablesVersion, RestoreError
-from kproxy.iptables.save_restore import RestoreInput, SavedChain, parse_save
+from kproxy.iptables.save_restore import MAX_TRANSACTION_RULES, UNLIMITED, RestoreInput, SavedChain, parse_save
 from kproxy.iptables.variant import other_variant_warning
 from kproxy.ipvs.cleanup import find_leftovers, remove_leftovers
 from kproxy.model.types import Family

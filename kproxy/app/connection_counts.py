@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from kproxy.app.backends import IPV6_ADDRESSES
+from kproxy.app.candidate_families import IPV6_ADDRESSES
 from kproxy.config.types import Mode
 from kproxy.host.background import BackgroundCall, ThreadStartError
 from kproxy.host.process import has_net_admin

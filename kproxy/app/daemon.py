@@ -17,21 +17,13 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from kproxy.app.backends import (
-    OwnCommits,
-    StartError,
-    check_privileges,
-    choose_mode,
-    local_node_name,
-    make_families,
-    probe_family,
-    watched_kinds,
-    watches_addresses,
-)
+from kproxy.app.backends import StartError, check_privileges, choose_mode, make_families, probe_family
 from kproxy.app.control import DaemonControl, DaemonLog, ObjectOrigin
 from kproxy.app.family_contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
+from kproxy.app.node_settings import local_node_name, watched_kinds, watches_addresses
+from kproxy.app.own_commits import OwnCommits
 from kproxy.app.skipped_families import SkippedFamilies
 from kproxy.config import Config, as_document
 from kproxy.host.ctnetlink import UdpConntrack
@@ -39,9 +31,8 @@ from kproxy.host.interfaces import AddressMonitor, own_addresses
 from kproxy.host.nf_tables_events import RulesWatch
 from kproxy.host.nfacct import read_counter
 from kproxy.host.signals import HANDLED_SIGNALS, STACK_DUMP_SIGNALS, STOP_SIGNALS, block_signals
-from kproxy.iptables.base_rules import INVALID_COUNTER
 from kproxy.iptables.legacy_poll import LegacyPoll
-from kproxy.iptables.render import LOCALHOST_COUNTER
+from kproxy.iptables.names import INVALID_COUNTER, LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import ClientError

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from msgspec import Struct
 
-from kproxy.app.backends import ContextFactory, local_node_name
+from kproxy.app.context_factory import ContextFactory
 from kproxy.app.family_contexts import make_context
+from kproxy.app.node_settings import local_node_name
 from kproxy.app.one_shot import load_store
 from kproxy.config import Config
 from kproxy.host.nfacct import has_counters

@@ -11,16 +11,16 @@ from typing import Literal
 
 from msgspec import Struct
 
-from kproxy.app.backends import ensure_packet_counters
 from kproxy.app.desired_state import DesiredState
+from kproxy.app.iptables_families import ensure_packet_counters
 from kproxy.config import Config
 from kproxy.host.commands import CommandError, run
 from kproxy.host.temporary_namespace import NoNamespaceError, call_in_new_namespace
-from kproxy.iptables.backend import MAX_TRANSACTION_RULES, IptablesBackend
+from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.desired_rules import DesiredRules, desired_rules
-from kproxy.iptables.diff import UNLIMITED
 from kproxy.iptables.ledger import record_chains
 from kproxy.iptables.runner import IptablesRunner, RestoreError, make_restore_error, program_name
+from kproxy.iptables.save_restore import MAX_TRANSACTION_RULES, UNLIMITED
 from kproxy.model.context import Context
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import Family, Node, ServiceKey

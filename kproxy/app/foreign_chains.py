@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
+from kproxy.host.blocking_chains import blocking_chains
+from kproxy.host.nf_tables import current_generation
 from kproxy.model.context import Context
 from kproxy.model.drift import RepairResult, Touched
 from kproxy.model.sync_report import ApplyResult, Plans
+from kproxy.model.types import Family
 from kproxy.sync.family_sync import Backend
 
 log = logging.getLogger(__name__)
@@ -74,3 +78,8 @@ class WatchfulBackend:
         new = tuple(each for each in found if each not in self._known)
         self._known = frozenset(found)
         return new
+
+
+def watchful(backend: Backend, family: Family, *own_tables: str) -> WatchfulBackend:
+    """Return a backend that also looks for chains that drop packets, except for those of `own_tables`."""
+    return WatchfulBackend(backend, partial(blocking_chains, family, own_tables), current_generation)

@@ -10,7 +10,9 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from kproxy.app.backends import IPV6_ADDRESSES, StartError, choose_mode, discover_iptables
+from kproxy.app.backends import StartError, choose_mode
+from kproxy.app.candidate_families import IPV6_ADDRESSES
+from kproxy.app.iptables_families import discover_iptables
 from kproxy.config import Config
 from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, CommandError, run
 from kproxy.host.nf_tables_constants import NFT_TABLE_F_DORMANT

@@ -6,9 +6,10 @@ import logging
 import time
 from collections.abc import Callable
 
-from kproxy.app.backends import check_privileges, choose_mode, local_node_name, make_families, watched_kinds
+from kproxy.app.backends import check_privileges, choose_mode, make_families
 from kproxy.app.family_contexts import make_context
 from kproxy.app.first_sync import FirstSyncSteps
+from kproxy.app.node_settings import local_node_name, watched_kinds
 from kproxy.config import Config
 from kproxy.host.ctnetlink import UdpConntrack
 from kproxy.host.interfaces import own_addresses

@@ -117,7 +117,7 @@ def gather(
     """
     from msgspec.structs import replace
 
-    from kproxy.app.backends import local_node_name
+    from kproxy.app.node_settings import local_node_name
     from kproxy.diagnose.explain_facts import Facts
     from kproxy.diagnose.explain_report import ExplainSource
 

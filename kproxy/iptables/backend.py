@@ -12,7 +12,7 @@ from typing import Protocol
 from kproxy.host.commands import CommandError
 from kproxy.iptables.base_rules import ensured_rules
 from kproxy.iptables.comparison import RuleComparison, read_scope
-from kproxy.iptables.diff import UNLIMITED, IptablesDiff, RenderedServices
+from kproxy.iptables.diff import IptablesDiff, RenderedServices
 from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
 from kproxy.iptables.held_services import ExistingServices
 from kproxy.iptables.isolation import IsolatingSync
@@ -21,25 +21,13 @@ from kproxy.iptables.names import FILTER_FIREWALL, ChainName, deletion_order
 from kproxy.iptables.render import RenderedPort, render_ports
 from kproxy.iptables.repair import Damage, Scope, find_damage
 from kproxy.iptables.runner import RestoreError
-from kproxy.iptables.save_restore import TABLES, RestoreInput, SavedChain, parse_save
+from kproxy.iptables.save_restore import MAX_TRANSACTION_RULES, TABLES, UNLIMITED, RestoreInput, SavedChain, parse_save
 from kproxy.model.context import Context
 from kproxy.model.drift import Part, RepairResult, Touched
 from kproxy.model.sync_report import ApplyResult, DriftError, Plans, SyncError
 from kproxy.model.types import ServiceKey
 
 log = logging.getLogger(__name__)
-MAX_TRANSACTION_RULES = 1200
-"""Maximum number of rules in one transaction of a large change: about 40 Services with 10 endpoints each.
-
-iptables-nft needs a constant time for each transaction, plus a time that grows with the square of the number of rules
-in the transaction. CPU time to program 1,000 and 5,000 Services with 10 endpoints each:
-
-- 600 rules per transaction: 0.8 s and 6.3 s
-- 1,200 rules: 0.7 s and 4.6 s
-- 2,400 rules: 0.9 s and 4.7 s
-- 6,000 rules: 1.0 s and 6.2 s
-- everything in one transaction: 5.3 s and several minutes
-"""
 INCREMENTAL_FACTOR = 17
 """Determines how many rules one transaction may contain when existing rules change.
 

@@ -11,6 +11,7 @@ from kproxy.iptables.names import (
     DISPATCH_CHAINS,
     FILTER_FIREWALL,
     FILTER_FORWARD,
+    INVALID_COUNTER,
     MARK_MASQ,
     NAT_NODEPORTS,
     NAT_SERVICES,
@@ -20,9 +21,6 @@ from kproxy.iptables.names import (
 from kproxy.iptables.render import host_cidr
 from kproxy.model.context import Context
 from kproxy.model.types import Family
-
-INVALID_COUNTER = "ct_state_invalid_dropped_pkts"
-"""The nfacct counter of dropped packets in conntrack state INVALID."""
 
 
 class EnsuredRule(Struct, frozen=True):

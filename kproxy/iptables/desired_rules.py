@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from kproxy.iptables.base_rules import ensured_rules
-from kproxy.iptables.diff import UNLIMITED, IptablesDiff
+from kproxy.iptables.diff import IptablesDiff
 from kproxy.iptables.ledger import IptablesLedger, IptablesSnapshot
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName
 from kproxy.iptables.render import render_ports
-from kproxy.iptables.save_restore import RestoreInput
+from kproxy.iptables.save_restore import UNLIMITED, RestoreInput
 from kproxy.model.context import Context
 from kproxy.model.plan import ServicePortPlan
 from kproxy.model.types import ServiceKey

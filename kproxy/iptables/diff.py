@@ -43,8 +43,6 @@ RuleCounter: TypeAlias = Callable[[Collection[ChainName]], Mapping[ChainName, in
 """Returns the number of rules that each of the given chains has in the kernel. Chains whose rules cannot be counted are
 omitted.
 """
-UNLIMITED = 1 << 60
-"""No limit on the rules in a transaction: iptables-legacy rewrites the whole table for each transaction."""
 PARTIAL_PORT = "/partially-accepted"
 """The key of the record of the new chains of a Service that the kernel accepted only in part. No port has this key."""
 

@@ -37,6 +37,10 @@ DISPATCH_CHAINS = (
     FILTER_PROXY_FIREWALL,
 )
 """The dispatch chains, which match the destinations of packets. Each service port adds rules to some of them."""
+INVALID_COUNTER = "ct_state_invalid_dropped_pkts"
+"""The nfacct counter of dropped packets in conntrack state INVALID."""
+LOCALHOST_COUNTER = "localhost_nps_accepted_pkts"
+"""The nfacct counter of packets to NodePorts on 127.0.0.0/8."""
 CANARIES = tuple(ChainName(table, "KUBE-PROXY-CANARY") for table in ("mangle", "nat", "filter"))
 """Empty chains. If one of them is missing, another process has deleted all chains of its table."""
 PORT_CHAIN_PREFIXES = ("KUBE-FW-", "KUBE-XLB-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")

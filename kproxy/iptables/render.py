@@ -19,6 +19,7 @@ from kproxy.iptables.names import (
     FILTER_NODEPORTS,
     FILTER_PROXY_FIREWALL,
     FILTER_SERVICES,
+    LOCALHOST_COUNTER,
     NAT_NODEPORTS,
     NAT_SERVICES,
     ChainName,
@@ -33,8 +34,6 @@ from kproxy.model.frontend_conflicts import ClaimRank, external_rank
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.types import Family
 
-LOCALHOST_COUNTER = "localhost_nps_accepted_pkts"
-"""The nfacct counter of packets to NodePorts on 127.0.0.0/8."""
 MAX_CHAIN_ENDPOINTS = 1000
 """Maximum number of endpoints among which one chain picks directly. More endpoints are divided into groups.
 

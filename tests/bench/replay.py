@@ -14,16 +14,16 @@ from typing import TypeAlias
 import msgspec
 from msgspec import Struct
 
-from kproxy.app.backends import watched_kinds
 from kproxy.app.family_contexts import make_context
+from kproxy.app.node_settings import watched_kinds
 from kproxy.config import Config
 from kproxy.host.netlink import BatchSocket
 from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.host.nfacct import ensure_counters
-from kproxy.iptables.backend import MAX_TRANSACTION_RULES, IptablesBackend
-from kproxy.iptables.base_rules import INVALID_COUNTER
-from kproxy.iptables.render import LOCALHOST_COUNTER
+from kproxy.iptables.backend import IptablesBackend
+from kproxy.iptables.names import INVALID_COUNTER, LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner
+from kproxy.iptables.save_restore import MAX_TRANSACTION_RULES
 from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.json_codec import read_page
 from kproxy.model.context import Context

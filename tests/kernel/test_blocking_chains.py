@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kproxy.app.backends import OwnCommits, make_families
+from kproxy.app.backends import make_families
+from kproxy.app.own_commits import OwnCommits
 from kproxy.config import Config
 from kproxy.host.blocking_chains import blocking_chains
 from kproxy.model.store import Store

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.app.backends import StartError, choose_mode, discover_iptables, discover_nftables
+from kproxy.app.backends import StartError, choose_mode
+from kproxy.app.iptables_families import discover_iptables
+from kproxy.app.nftables_families import discover_nftables
 from kproxy.config import Config
 from kproxy.host import nf_tables as nft_nat
 from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, CommandError, InconclusiveError, run

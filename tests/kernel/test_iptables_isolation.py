@@ -10,11 +10,10 @@ import pytest
 from msgspec.structs import replace
 
 from kproxy.host.nfacct import ensure_counters
-from kproxy.iptables.backend import MAX_TRANSACTION_RULES, IptablesBackend
-from kproxy.iptables.base_rules import INVALID_COUNTER
-from kproxy.iptables.diff import UNLIMITED
-from kproxy.iptables.names import port_hash
+from kproxy.iptables.backend import IptablesBackend
+from kproxy.iptables.names import INVALID_COUNTER, port_hash
 from kproxy.iptables.runner import IptablesRunner
+from kproxy.iptables.save_restore import MAX_TRANSACTION_RULES, UNLIMITED
 from kproxy.model.context import Context
 from kproxy.model.drift import Part, Touched
 from kproxy.model.sync_report import SyncError

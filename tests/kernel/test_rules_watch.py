@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from kproxy.app.backends import OwnCommits
+from kproxy.app.own_commits import OwnCommits
 from kproxy.host import nf_tables_events
 from kproxy.host.commands import CommandRunner
 from kproxy.host.nf_tables import current_generation

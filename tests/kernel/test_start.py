@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kproxy.host.nfacct import read_counter
-from kproxy.iptables.base_rules import INVALID_COUNTER
+from kproxy.iptables.names import INVALID_COUNTER
 from tests.lab.modes import BOTH_MODES
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY

@@ -10,8 +10,7 @@ import pytest
 
 from kproxy.host.commands import first_line
 from kproxy.host.nfacct import ensure_counters
-from kproxy.iptables.base_rules import INVALID_COUNTER
-from kproxy.iptables.render import LOCALHOST_COUNTER
+from kproxy.iptables.names import INVALID_COUNTER, LOCALHOST_COUNTER
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.types import Family
 from tests.lab.namespace import Namespace

@@ -9,7 +9,7 @@ from typing import NoReturn
 import pytest
 from pyroute2 import IPRoute, NetlinkError
 
-from kproxy.app.backends import ContextFactory
+from kproxy.app.context_factory import ContextFactory
 from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context
 from kproxy.app.node_port_addresses import localhost_node_ports, node_port_warning
 from kproxy.config import Config, load_config

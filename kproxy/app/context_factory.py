@@ -1,0 +1,56 @@
+"""Make the contexts of an IP family from the configuration and from what this node has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from kproxy.app.family_contexts import local_traffic_warning, make_context
+from kproxy.app.node_port_addresses import node_port_warning
+from kproxy.app.node_settings import local_node_name, watches_addresses
+from kproxy.config import Config
+from kproxy.host.interfaces import local_addresses
+from kproxy.model.context import Context
+from kproxy.model.sync_report import SyncError
+from kproxy.model.types import Family, Node
+
+log = logging.getLogger(__name__)
+
+
+class ContextFactory:
+    """Makes the contexts of one family and warns about settings that this node cannot satisfy."""
+
+    def __init__(self, config: Config, family: Family, *, accounting: Callable[[], bool], random_fully: bool) -> None:
+        """`accounting` returns whether nfacct counters are available. It is called for each context."""
+        self._config = config
+        self._family = family
+        self._accounting = accounting
+        self._random_fully = random_fully
+        self._warnings: tuple[str, ...] = ()
+
+    def make(self, node: Node | None) -> Context:
+        """Return the context that results from this Node (None if unknown) and from the node's current addresses.
+
+        Raises `SyncError` if the node's addresses cannot be read from the kernel. Logs each warning when it starts to
+        apply, and not again while it continues to apply.
+        """
+        config = self._config
+        try:
+            addresses = local_addresses() if watches_addresses(config) else ()
+        except OSError as error:
+            raise SyncError(f"cannot read the addresses of this machine: {error.strerror or error}") from error
+        context = make_context(
+            config,
+            self._family,
+            local_node_name(config),
+            node,
+            addresses,
+            accounting=self._accounting(),
+            random_fully=self._random_fully,
+        )
+        warnings = (node_port_warning(config, node, context), local_traffic_warning(config, node, context))
+        for warning in warnings:
+            if warning and warning not in self._warnings:
+                log.warning("%s", warning)
+        self._warnings = warnings
+        return context
