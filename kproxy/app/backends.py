@@ -10,6 +10,8 @@ from functools import cache, partial
 from ipaddress import ip_address
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context
 from kproxy.app.foreign_chains import WatchfulBackend
 from kproxy.app.node_port_addresses import node_port_warning
@@ -37,7 +39,7 @@ from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable, OwnGenerations
-from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
+from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit, why_no_counters
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family_sync import Backend, FamilySync
 
@@ -191,11 +193,25 @@ def _nftables_families(
                 family,
                 names.TABLE,
             ),
-            ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
+            ContextFactory(
+                with_possible_counters(config, family, commit), family, accounting=lambda: False, random_fully=True
+            ).make,
             large_cluster_endpoints=math.inf,  # `large_cluster` changes nothing in nftables mode
         )
         for family, commit in commits.items()
     }
+
+
+def with_possible_counters(config: Config, family: Family, commit: NetlinkCommit | NftCommit) -> Config:
+    """Return the configuration, without connection counters if the kernel rejects them. Log a warning then."""
+    if not config.kproxy.connection_counters or not (reason := why_no_counters(family, commit)):
+        return config
+    log.warning(
+        "%s: kproxy.connectionCounters: running without connection counters, because the kernel rejects them: %s",
+        family.value,
+        reason,
+    )
+    return replace(config, kproxy=replace(config.kproxy, connection_counters=False))
 
 
 def _watchful(backend: Backend, family: Family, *own_tables: str) -> WatchfulBackend:
