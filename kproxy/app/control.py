@@ -23,7 +23,7 @@ from kproxy.model.daemon_status import (
     ServiceSummary,
     SourceStatus,
 )
-from kproxy.model.object_page import PAGE_SERVICES, ObjectPage
+from kproxy.model.object_page import ObjectPage, make_page
 from kproxy.model.service_state import FamilyServiceState, FamilyWaiting, ServiceState
 from kproxy.model.store import Store
 from kproxy.model.sync_report import RepairReport, SyncReport
@@ -261,18 +261,10 @@ class DaemonControl:
                 for family, sync in self._families.items()
             }
 
-    def objects(self, page: int) -> ObjectPage:
-        """Return a page of the objects, in the order of their names. The first page has the number 0."""
+    def objects(self, start: str) -> ObjectPage:
+        """Return a page of the objects, in the order of their names. See `make_page` for `start`."""
         with self._store.lock:
-            keys = sorted(self._store.service_keys())
-            chosen = keys[page * PAGE_SERVICES : (page + 1) * PAGE_SERVICES]
-            return ObjectPage(
-                services=tuple(service for key in chosen if (service := self._store.service(key)) is not None),
-                slices=tuple(each for key in chosen for each in self._store.slices(key)),
-                node=self._store.node,
-                service_cidrs=self._store.service_cidrs,
-                more=len(keys) > (page + 1) * PAGE_SERVICES,
-            )
+            return make_page(self._store, start)
 
     def configuration(self) -> Mapping[str, object]:
         """Return the configuration in use, as the content of a configuration file."""

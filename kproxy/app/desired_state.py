@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from kproxy.app.context_factory import ContextFactory
 from kproxy.app.family_contexts import make_context
+from kproxy.app.nftables_families import with_possible_counters
 from kproxy.app.node_settings import local_node_name
 from kproxy.app.one_shot import load_store
 from kproxy.config import Config
@@ -21,6 +22,7 @@ from kproxy.model.service_state import FamilyWaiting, ServiceState
 from kproxy.model.store import Store
 from kproxy.model.sync_report import SyncError
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR
+from kproxy.nftables.kernel import NetlinkCommit
 from kproxy.sync.family_sync import LARGE_CLUSTER_ENDPOINTS
 from kproxy.sync.planning import PlannedFamily, plan_family
 
@@ -115,9 +117,10 @@ def kernel_contexts(config: Config, runners: Mapping[Family, IptablesRunner]) ->
     both families. The functions raise `SyncError`.
     """
     if config.effective_mode == "nftables":
+        configs = {family: with_possible_counters(config, family, NetlinkCommit(family)) for family in Family}
         return {
-            family: ContextFactory(config, family, accounting=lambda: False, random_fully=True).make
-            for family in Family
+            family: ContextFactory(each, family, accounting=lambda: False, random_fully=True).make
+            for family, each in configs.items()
         }
     return {
         family: ContextFactory(config, family, accounting=has_counters, random_fully=runner.version().random_fully).make

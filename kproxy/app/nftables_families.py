@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
+
+from msgspec.structs import replace
 
 from kproxy.app.candidate_families import candidate_families, combined_reasons, warn_of_skipped, why_ipv4_is_required
 from kproxy.app.context_factory import ContextFactory
@@ -15,9 +18,11 @@ from kproxy.model.types import Family
 from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable
-from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
+from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit, why_no_counters
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family_sync import FamilySync
+
+log = logging.getLogger(__name__)
 
 
 def nftables_families(
@@ -37,11 +42,25 @@ def nftables_families(
                 family,
                 names.TABLE,
             ),
-            ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
+            ContextFactory(
+                with_possible_counters(config, family, commit), family, accounting=lambda: False, random_fully=True
+            ).make,
             large_cluster_endpoints=math.inf,  # `large_cluster` changes nothing in nftables mode
         )
         for family, commit in commits.items()
     }
+
+
+def with_possible_counters(config: Config, family: Family, commit: NetlinkCommit | NftCommit) -> Config:
+    """Return the configuration, without connection counters if the kernel rejects them. Log a warning then."""
+    if not config.kproxy.connection_counters or not (reason := why_no_counters(family, commit)):
+        return config
+    log.warning(
+        "%s: kproxy.connectionCounters: running without connection counters, because the kernel rejects them: %s",
+        family.value,
+        reason,
+    )
+    return replace(config, kproxy=replace(config.kproxy, connection_counters=False))
 
 
 def _reporting(commit: Commit, on_progress: Callable[[], object]) -> Commit:

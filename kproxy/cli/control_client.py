@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
-from itertools import count
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -72,10 +71,12 @@ def fetch_waiting() -> dict[Family, FamilyWaiting]:
 
 def fetch_objects() -> Iterator[ObjectPage]:
     """Yield pages of all objects of the daemon. Raises `CannotTellError`."""
-    for number in count():
-        page = _fetch("GET", f"/objects/{number}", ObjectPage)
+    start = ""
+    while True:
+        page = _fetch("GET", f"/objects/{quote(start, safe='')}", ObjectPage)
         yield page
-        if not page.more:
+        start = page.following
+        if not start:
             return
 
 

@@ -16,6 +16,7 @@ from kproxy.config.flags import add_flags
 
 if TYPE_CHECKING:
     from kproxy.config import Config
+    from kproxy.diagnose.caller_objects import CallerObjects
     from kproxy.diagnose.cluster_objects import ClusterObjects
     from kproxy.diagnose.explain_facts import Facts
     from kproxy.diagnose.explain_report import ExplainSource
@@ -40,12 +41,20 @@ the API server, with your own kubeconfig; and, as root, the rules and tracked
 connections in the kernel. With --objects, only the files are read, and the
 kernel if --kernel is given. The output says what could not be seen.
 
+On another computer, `kubectl kproxy --node=NODE explain SERVICE` runs this
+command in the daemon's pod on a node. It reads the API server with your
+kubeconfig there, and passes the objects on with --cluster-objects.
+
 {SYNTAX}
 Flags that set the configuration matter without a daemon: the mode and settings
 such as --nodeport-addresses. --kubeconfig is your own, not that of the daemon.
 
 Exit codes: 0 the Service works, 1 it does not or only in part, 2 the command
 line is invalid, 3 no source of facts could be read."""
+
+CLUSTER_OBJECTS_HELP = (
+    "what `kubectl kproxy explain` has read from the API server with the kubeconfig of its caller; - is standard input"
+)
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -62,6 +71,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("service", metavar="NAMESPACE/SERVICE", help="the Service; without a namespace: default")
     parser.add_argument("--from", dest="client", metavar="ADDRESS", help="IP address of a client: say what it gets")
     parser.add_argument("--objects", metavar="PATH", help=f"{OBJECTS_HELP}; Pods and NetworkPolicies are used, too")
+    parser.add_argument("--cluster-objects", metavar="FILE", help=CLUSTER_OBJECTS_HELP)
     parser.add_argument(
         "--kernel",
         metavar="BOOL",
@@ -79,14 +89,17 @@ def _explain(options: argparse.Namespace) -> int:
     from kproxy.cli.explain_text import explanation_lines
     from kproxy.diagnose.explain import explain
 
-    key, client = _service_key(options.service), _client_address(options.client)
+    key, client = service_key(options.service), _client_address(options.client)
+    if options.objects and options.cluster_objects:
+        raise UsageError("--objects and --cluster-objects cannot be combined")
     config = load_settings(options)
     report = explain(gather(options, config, key, fetch_service), client)
     show_report(report, options.output, lambda style: explanation_lines(report, style))
     return ExitCode.WORKS if report.verdict == "WORKS" else ExitCode.BROKEN
 
 
-def _service_key(text: str) -> str:
+def service_key(text: str) -> str:
+    """Return the key of the Service that a command line names. Raises `UsageError`."""
     namespace, slash, name = text.rpartition("/")
     if not name or (slash and not namespace) or "/" in namespace:
         raise UsageError(f"the Service must be NAMESPACE/NAME or NAME, not {text!r}")
@@ -197,19 +210,41 @@ def _read_files(path: str, key: str, sources: list[ExplainSource]) -> ClusterObj
 def _read_api(
     options: argparse.Namespace, key: str, node_name: str, sources: list[ExplainSource]
 ) -> ClusterObjects | None:
-    """Read the objects from the API server with the caller's own credentials, or return None."""
-    from kproxy.diagnose.cluster_reader import ClusterReadError, own_kubeconfig, read_cluster
+    """Return the objects that the API server has, read with the caller's own credentials, or None."""
+    from kproxy.diagnose.cluster_reader import ClusterReadError, own_kubeconfig, read_with_kubeconfig
     from kproxy.diagnose.explain_report import ExplainSource
 
     try:
-        kubeconfig = own_kubeconfig(getattr(options, "kubeconfig", None), os.environ)
-        objects, problems = read_cluster(kubeconfig, key, node_name, all_nodes=bool(options.client))
+        if options.cluster_objects:
+            found = _read_cluster_objects(options.cluster_objects)
+        else:
+            kubeconfig = own_kubeconfig(getattr(options, "kubeconfig", None), os.environ)
+            found = read_with_kubeconfig(kubeconfig, key, node_name, all_nodes=bool(options.client))
     except ClusterReadError as error:
         sources.append(ExplainSource(name="API server", used=False, detail=str(error)))
         return None
-    sources.append(ExplainSource(name="API server", used=True, detail=kubeconfig or "in-cluster service account"))
-    sources += (ExplainSource(name="API server", used=False, detail=problem) for problem in problems)
-    return objects
+    if found.objects is not None:
+        sources.append(ExplainSource(name="API server", used=True, detail=found.source))
+    sources += (ExplainSource(name="API server", used=False, detail=problem) for problem in found.problems)
+    return found.decoded()
+
+
+def _read_cluster_objects(path: str) -> CallerObjects:
+    """Read what `kubectl kproxy` has read from the API server. Standard input need not end after it."""
+    from kproxy.diagnose.caller_objects import MAX_BYTES, CallerObjectsError, decode_objects
+
+    where = "standard input" if path == "-" else path
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            line = file.readline(MAX_BYTES + 1)
+    except OSError as error:
+        raise CannotTellError(f"--cluster-objects: cannot read {where}: {error.strerror}") from None
+    if len(line) > MAX_BYTES:
+        raise CannotTellError(f"--cluster-objects: {where} has more than {MAX_BYTES >> 20} MiB")
+    try:
+        return decode_objects(line)
+    except CallerObjectsError as error:
+        raise CannotTellError(f"--cluster-objects: {where}: {error}") from None
 
 
 def _contexts(

@@ -8,11 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import Any, NamedTuple
 
 from kproxy.cli.console import CannotTellError, UsageError
-from kproxy.cli.parser import OneLineParser
+from kproxy.cli.parser import OneLineParser, parse
 
 LABEL = "app.kubernetes.io/name=kproxy"
 CONTAINER = "kproxy"
@@ -26,13 +29,26 @@ examples:
   kubectl kproxy --node=node-1 status
   # any node
   kubectl kproxy status
+  # why does this Service not work on this node?
+  kubectl kproxy --node=node-1 explain shop/api
   # everything for a bug report, in a file on this computer
   kubectl kproxy --node=node-1 bundle - > bundle.tar.gz
 
 Other flags of kubectl, such as --context, can be given before COMMAND, too.
-Needs the permission to list pods and to run commands in them."""
+Needs the permission to list pods and to run commands in them. For explain, the
+plugin reads the Service, EndpointSlices, Pods, NetworkPolicies and Nodes with
+your kubeconfig, because the daemon has no permission to read all of them, and
+passes the fields that explain uses to the command in the pod. What you may not
+read is listed in the output."""
 KUBECTL_FLAGS = ("context", "kubeconfig", "cluster", "user", "server", "as")
 """Flags that are passed on to kubectl."""
+
+
+class DaemonPod(NamedTuple):
+    """A pod of the daemon, and the node that it runs on."""
+
+    name: str
+    node: str
 
 
 def main() -> int:
@@ -57,17 +73,53 @@ def _run(arguments: Sequence[str]) -> None:
     if kubectl is None:
         raise CannotTellError("cannot find the program kubectl")
     access = [f"--{name}={value}" for name in KUBECTL_FLAGS if (value := getattr(options, name))]
-    access.append(f"--namespace={options.namespace}")
-    listing = [kubectl, "get", "pods", *access, f"--selector={LABEL}", "--output=json"]
+    namespace = f"--namespace={options.namespace}"
+    listing = [kubectl, "get", "pods", *access, namespace, f"--selector={LABEL}", "--output=json"]
     if options.node:
         listing.append(f"--field-selector=spec.nodeName={options.node}")
     done = subprocess.run(listing, capture_output=True, text=True, check=False)  # noqa: S603 - the user's own kubectl
     if done.returncode:
         raise CannotTellError(f"kubectl cannot list the pods: {done.stderr.strip().rpartition(chr(10))[2]}")
     pod = choose_pod(json.loads(done.stdout)["items"], options.node, options.namespace)
-    terminal = ["--stdin", "--tty"] if sys.stdin.isatty() and sys.stdout.isatty() else []
-    run = [kubectl, "exec", *access, *terminal, pod, f"--container={CONTAINER}", "--", "kproxy", *command]
+    objects = _cluster_objects(kubectl, access, command, pod.node) if command[0] == "explain" else None
+    if objects is not None:
+        flags = ["--stdin"]
+        command.insert(1, "--cluster-objects=-")
+        _replace_stdin(objects)
+    else:
+        flags = ["--stdin", "--tty"] if sys.stdin.isatty() and sys.stdout.isatty() else []
+    run = [kubectl, "exec", *access, namespace, *flags, pod.name, f"--container={CONTAINER}", "--", "kproxy", *command]
     os.execv(kubectl, run)  # noqa: S606 - so that signals and the exit code are those of the command
+
+
+def _cluster_objects(kubectl: str, access: Sequence[str], command: Sequence[str], node: str) -> bytes | None:
+    """Return what the caller may read about the Service that `kproxy explain` is to explain.
+
+    Return None if the command reads other sources of objects, prints its help, or is invalid: then the command in the
+    pod says so.
+    """
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            options = parse(command)
+    except SystemExit:
+        return None
+    if options.objects or options.cluster_objects or getattr(options, "kubeconfig", None):
+        return None
+    from kproxy.cli.explain import service_key
+    from kproxy.cli.kubectl_objects import read_with_kubectl
+    from kproxy.diagnose.caller_objects import encode_objects
+
+    key = service_key(options.service)
+    return encode_objects(read_with_kubectl(kubectl, access, key, node, all_nodes=bool(options.client)), key)
+
+
+def _replace_stdin(content: bytes) -> None:
+    """Make a temporary file with this content the standard input of this process, and of the one that replaces it."""
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -92,8 +144,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, list(options.command)
 
 
-def choose_pod(pods: Sequence[Mapping[str, Any]], node: str | None, namespace: str) -> str:
-    """Return the name of the pod to use: a ready one, if there is any. Raises `CannotTellError` if there is no pod."""
+def choose_pod(pods: Sequence[Mapping[str, Any]], node: str | None, namespace: str) -> DaemonPod:
+    """Return the pod to use: a ready one, if there is any. Raises `CannotTellError` if there is no pod."""
     running = [
         pod
         for pod in pods
@@ -104,7 +156,7 @@ def choose_pod(pods: Sequence[Mapping[str, Any]], node: str | None, namespace: s
         waiting = f" ({len(pods)} of them do not run)" if pods else ""
         raise CannotTellError(f"no pod with the label {LABEL} runs in namespace {namespace}{where}{waiting}")
     best = min(running, key=lambda pod: (not _is_ready(pod), pod["metadata"]["name"]))
-    return str(best["metadata"]["name"])
+    return DaemonPod(str(best["metadata"]["name"]), str(best.get("spec", {}).get("nodeName", "")))
 
 
 def _is_ready(pod: Mapping[str, Any]) -> bool:

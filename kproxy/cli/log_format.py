@@ -36,9 +36,11 @@ def start_logging(settings: Logging) -> None:
     """Send all log output to stderr, in the configured format and verbosity."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.format == "json" else TextFormatter())
-    highest = max((settings.verbosity, *(item.verbosity for item in settings.vmodule)))
-    if highest > settings.verbosity:
-        handler.addFilter(FileVerbosity(settings.verbosity, settings.vmodule))
+    highest = settings.verbosity
+    if settings.vmodule:
+        files = FileVerbosity(settings.verbosity, settings.vmodule)
+        highest = files.highest
+        handler.addFilter(files)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level_of(highest))
@@ -68,11 +70,15 @@ class RecentLines(logging.Handler):
 
     @staticmethod
     def set_verbosity(verbosity: int) -> None:
-        """Change the verbosity of all source files, also of those that `logging.vmodule` names."""
+        """Change the general verbosity. Files that `logging.vmodule` names keep theirs if it is higher."""
         root = logging.getLogger()
+        highest = verbosity
         for handler in root.handlers:
-            handler.filters.clear()
-        root.setLevel(level_of(verbosity))
+            for each in handler.filters:
+                if isinstance(each, FileVerbosity):
+                    each.verbosity = verbosity
+                    highest = each.highest
+        root.setLevel(level_of(highest))
 
 
 def keep_recent_lines() -> RecentLines:
@@ -156,21 +162,26 @@ class FileVerbosity:
     """A logging filter for `logging.vmodule`: verbosity per source file.
 
     As in klog, patterns are matched against the file name without its extension, and the first pattern that matches
-    applies. It can only raise the verbosity of a file above the general verbosity, not lower it.
+    applies. It can only raise the verbosity of a file above the general `verbosity`, not lower it.
     """
 
     def __init__(self, verbosity: int, files: Iterable[VModule]) -> None:
-        self._verbosity = verbosity
+        self.verbosity = verbosity
         self._files = tuple(files)
         self._levels: dict[str, int] = {}
+
+    @property
+    def highest(self) -> int:
+        """The verbosity of the file that logs most."""
+        return max((self.verbosity, *(item.verbosity for item in self._files)))
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to log a record."""
         level = self._levels.get(record.module)
         if level is None:
             matches = (item.verbosity for item in self._files if fnmatchcase(record.module, item.file_pattern))
-            level = self._levels[record.module] = level_of(max(self._verbosity, next(matches, 0)))
-        return record.levelno >= level
+            level = self._levels[record.module] = level_of(next(matches, 0))
+        return record.levelno >= min(level, level_of(self.verbosity))
 
 
 def _limit(record: logging.LogRecord) -> int:

@@ -17,7 +17,8 @@ examples:
   # back to normal
   kubectl -n kube-system exec kproxy-x7k2p -- kproxy log-level 0
 
-The change lasts until the daemon is restarted. Only root may ask the daemon."""
+The change lasts until the daemon is restarted. Files that --vmodule names keep
+their verbosity if it is higher. Only root may ask the daemon."""
 MAX_VERBOSITY = 10
 
 

@@ -16,12 +16,18 @@ from msgspec.structs import replace
 from kproxy.kube.codec.conversion import HEADLESS_LABEL, PROXY_NAME_LABEL, SERVICE_NAME_LABEL, IgnoredField
 from kproxy.kube.codec.json_codec import decode_object, decoder
 from kproxy.kube.codec.object_error import ObjectError
-from kproxy.kube.codec.schema import ApiEndpoint, ApiMetadata, ApiStruct
+from kproxy.kube.codec.schema import (
+    ApiEndpoint,
+    ApiEndpointSlice,
+    ApiMetadata,
+    ApiNode,
+    ApiService,
+    ApiServiceCIDR,
+    ApiStruct,
+)
 from kproxy.model.addresses import canonical_address
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceKey
 
-KINDS = ("Service", "EndpointSlice", "Node", "Pod", "NetworkPolicy", "ServiceCIDR")
-"""The kinds of objects that `kproxy explain` uses."""
 _LIST = "List"
 _S = TypeVar("_S", bound=Struct)
 
@@ -345,6 +351,15 @@ class ClusterObjects(Struct, frozen=True, dict=True):
         return {key: tuple(slices) for key, slices in found.items()}
 
 
+KIND_TYPES: dict[str, tuple[type[ApiStruct], ...]] = {
+    "Service": (SeenService, ApiService),
+    "EndpointSlice": (_SeenSlice, ApiEndpointSlice),
+    "Node": (_SeenNode, ApiNode),
+    "Pod": (Pod,),
+    "NetworkPolicy": (NetworkPolicy,),
+    "ServiceCIDR": (ApiServiceCIDR,),
+}
+"""The types in which objects of each kind are decoded. Together, they have all fields that matter."""
 _decode_service = decoder(SeenService)
 _decode_slice = decoder(_SeenSlice)
 _decode_pod = decoder(Pod)
@@ -390,11 +405,11 @@ def cluster_objects(objects: Iterable[Mapping[str, Any]], seen: Sequence[str] | 
     `seen` are the kinds that were read completely. By default these are Services, and the kinds of which there is at
     least one object. Objects of other kinds are ignored.
     """
-    by_kind: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    by_kind: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KIND_TYPES}
     for each in objects:
         if (kind := str(each.get("kind") or "")) in by_kind:
             by_kind[kind].append(_with_namespace(each))
-    known = {kind for kind in KINDS if by_kind[kind]} | {"Service"} if seen is None else set(seen)
+    known = {kind for kind in KIND_TYPES if by_kind[kind]} | {"Service"} if seen is None else set(seen)
     services, invalid = _services(by_kind["Service"])
     return ClusterObjects(
         service_objects=tuple(_all(_decode_service, by_kind["Service"])),

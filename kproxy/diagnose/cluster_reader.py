@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 from urllib.parse import quote
 
-from kproxy.diagnose.cluster_objects import ClusterObjects, cluster_objects, items
+from kproxy.diagnose.caller_objects import CallerObjects
+from kproxy.diagnose.cluster_objects import items
 from kproxy.kube.client.client import ApiClient
 from kproxy.kube.client.cluster_access import SERVICE_ACCOUNT, ClientError, expand_home
 from kproxy.kube.client.response import TransportError
@@ -18,6 +19,12 @@ from kproxy.kube.codec.json_codec import read_error
 TIMEOUT_SECONDS = 10.0
 """Maximum number of seconds without data in a response."""
 PAGE_SIZE = 500
+Get: TypeAlias = Callable[[str, Mapping[str, str]], tuple[bytes | None, str]]
+"""Sends a GET request for a path with query parameters.
+
+Returns the body of a successful response, or None and the message of the error that the API server reports. Raises
+`ClusterReadError` if the API server does not answer.
+"""
 _CORE = "/api/v1"
 _DISCOVERY = "/apis/discovery.k8s.io/v1"
 _NETWORKING = "/apis/networking.k8s.io/v1"
@@ -45,38 +52,52 @@ def own_kubeconfig(flag: str | None, environment: Mapping[str, str]) -> str | No
     raise ClusterReadError("no kubeconfig: set --kubeconfig or KUBECONFIG")
 
 
-def read_cluster(
-    kubeconfig: str | None, key: str, node_name: str, *, all_nodes: bool = False
-) -> tuple[ClusterObjects, list[str]]:
-    """Read the Service `key`, its EndpointSlices and Pods, the NetworkPolicies of its namespace, and other Services.
+def read_with_kubeconfig(kubeconfig: str | None, key: str, node_name: str, *, all_nodes: bool = False) -> CallerObjects:
+    """Read the objects about the Service `key` with a kubeconfig, or with the Pod's service account if it is None.
 
-    Only the Node `node_name` is read, unless `all_nodes` is true or it does not exist: Nodes are large. Return the
-    objects, and one line for each kind that could not be read. Raises `ClusterReadError` if neither the Service nor its
-    EndpointSlices can be read.
+    The parameters are those of `read_cluster`. Raises `ClusterReadError`.
     """
     try:
         client = ApiClient.from_config(kubeconfig)
     except ClientError as error:
         raise ClusterReadError(str(error)) from None
+
+    def get(path: str, query: Mapping[str, str]) -> tuple[bytes | None, str]:
+        with client.get(path, query, TIMEOUT_SECONDS) as response:
+            body = response.read()
+            if response.status == 200:
+                return body, ""
+            error = read_error(response.status, response.headers, body)
+            return None, error.message or f"HTTP status {response.status}"
+
     try:
-        return _ClusterReader(client, key).read(node_name, all_nodes=all_nodes)
+        return read_cluster(get, kubeconfig or "in-cluster service account", key, node_name, all_nodes=all_nodes)
     except (ClientError, TransportError) as error:
         raise ClusterReadError(str(error)) from None
     finally:
         client.close()
 
 
+def read_cluster(get: Get, source: str, key: str, node_name: str, *, all_nodes: bool = False) -> CallerObjects:
+    """Read the Service `key`, its EndpointSlices and Pods, the NetworkPolicies of its namespace, and other Services.
+
+    Only the Node `node_name` is read, unless `all_nodes` is true or it does not exist: Nodes are large. Raises
+    `ClusterReadError` if neither the Service nor its EndpointSlices can be read.
+    """
+    return _ClusterReader(get, key).read(source, node_name, all_nodes=all_nodes)
+
+
 class _ClusterReader:
     """Sends the requests about one Service."""
 
-    def __init__(self, client: ApiClient, key: str) -> None:
-        self._client = client
+    def __init__(self, get: Get, key: str) -> None:
+        self._send = get
         self._namespace, self._name = key.split("/", 1)
         self._objects: list[dict[str, Any]] = []
         self._seen: list[str] = []
         self._problems: list[str] = []
 
-    def read(self, node_name: str, *, all_nodes: bool) -> tuple[ClusterObjects, list[str]]:
+    def read(self, source: str, node_name: str, *, all_nodes: bool) -> CallerObjects:
         namespace = quote(self._namespace, safe="")
         services = self._read_services(namespace)
         own = {"labelSelector": f"{SERVICE_NAME_LABEL}={self._name}"}
@@ -91,7 +112,7 @@ class _ClusterReader:
         self._read_nodes(node_name, every=all_nodes)
         self._read_pods(namespace, service)
         self._read("NetworkPolicy", f"{_NETWORKING}/namespaces/{namespace}/networkpolicies")
-        return cluster_objects(self._objects, self._seen), self._problems
+        return CallerObjects(source, self._objects, self._seen, self._problems)
 
     def _read_services(self, namespace: str) -> list[dict[str, Any]]:
         """Read all Services, to find similar names and conflicts, or else those of the namespace, or only this one."""
@@ -167,11 +188,9 @@ class _ClusterReader:
 
     def _get(self, path: str, query: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
         """Return the content of a response, or None and the problem that the API server reports."""
-        with self._client.get(path, query, TIMEOUT_SECONDS) as response:
-            body = response.read()
-            if response.status != 200:
-                error = read_error(response.status, response.headers, body)
-                return None, f"{path}: {error.message or f'HTTP status {response.status}'}"
+        body, problem = self._send(path, query)
+        if body is None:
+            return None, f"{path}: {problem}"
         try:
             content = json.loads(body)
         except ValueError:

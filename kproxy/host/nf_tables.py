@@ -45,8 +45,6 @@ from kproxy.host.nf_tables_constants import (
 from kproxy.model.types import Family
 
 NF_IP_PRI_NAT_SRC = 100  # linux/netfilter_ipv4.h
-_UNKNOWN_MESSAGE = 0xFF
-"""A message type that does not exist in nf_tables. The kernel rejects every batch that contains it."""
 _ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 _PROBE_TABLE = "kproxy-probe"
 _COUNTER = re.compile(rb"(?<=counter\0).{28}", re.DOTALL)
@@ -57,10 +55,8 @@ def nat_unsupported_reason(family: Family) -> str:
     """Return why the kernel rejects chains of type nat in a family, or "" if it accepts them. Raises `OSError`.
 
     If table nat has a chain POSTROUTING, the kernel supports NAT. Otherwise the kernel is probed, which takes about
-    10 ms. The probe is a batch that creates a dormant table with a chain of type nat and ends with a message of an
-    unknown type. Because of this last message, the kernel rejects the whole batch: nothing is created, and no
-    notification is sent. If the kernel does not support NAT, it also rejects an earlier message: the one that creates
-    the table or the one that creates the chain.
+    10 ms. It only checks a batch that would create a dormant table with a chain of type nat: nothing is created, and no
+    notification is sent.
     """
     header = nfgenmsg(_ADDRESS_FAMILIES[family])
     if _has_chain(header + _string(NFTA_CHAIN_TABLE, "nat") + _string(NFTA_CHAIN_NAME, "POSTROUTING")):
@@ -68,18 +64,17 @@ def nat_unsupported_reason(family: Family) -> str:
     created = ("a table", "a chain of type nat")
     with BatchSocket(NFNL_SUBSYS_NFTABLES) as netlink:
         try:
-            netlink.commit(
+            netlink.check(
                 [
                     (nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWTABLE), NLM_F_CREATE, header + _TABLE),
                     (nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWCHAIN), NLM_F_CREATE, header + _CHAIN),
-                    (nfnl_type(NFNL_SUBSYS_NFTABLES, _UNKNOWN_MESSAGE), 0, header),
                 ]
             )
         except BatchRejectedError as error:
             first = error.rejections[0]
-    if first.index < 0:
-        return f"nf_tables rejected the probe transaction: {first.reason}"
-    return f"nf_tables rejected {created[first.index]}: {first.reason}" if first.index < len(created) else ""
+            what = created[first.index] if first.index >= 0 else "the probe transaction"
+            return f"nf_tables rejected {what}: {first.reason}"
+    return ""
 
 
 def count_rules(family: Family, table: str, chain: str) -> int:

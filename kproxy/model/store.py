@@ -136,6 +136,14 @@ class Store:
         """Return the EndpointSlices of a Service in both IP families."""
         return [unpack(EndpointSlice, self._slices[each]) for each in self._slices_of.get(key, ())]
 
+    def slice_keys(self, key: ServiceKey) -> tuple[SliceKey, ...]:
+        """Return the keys of the EndpointSlices of a Service in both IP families."""
+        return self._slices_of.get(key, ())
+
+    def slice(self, key: SliceKey) -> EndpointSlice:
+        """Return an EndpointSlice that exists."""
+        return unpack(EndpointSlice, self._slices[key])
+
     def apply(self, delta: Delta) -> StoreChange:
         """Apply one delta and return what it changed. Ignore a ServiceCIDR unless `kinds` contains ServiceCIDR."""
         kind = type(delta.object) if isinstance(delta, Upsert) else delta.kind

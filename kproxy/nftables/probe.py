@@ -10,7 +10,6 @@ import os
 
 from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, InconclusiveError
 from kproxy.host.netlink import BatchRejectedError, BatchSocket
-from kproxy.host.netlink_message import nfgenmsg, nfnl_type
 from kproxy.host.nf_tables_constants import NFNL_SUBSYS_NFTABLES
 from kproxy.model.context import Context, LocalTraffic
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
@@ -24,8 +23,6 @@ from kproxy.nftables.transaction import Transaction
 
 log = logging.getLogger(__name__)
 PROBE_TABLE = "kproxy-probe"
-_UNKNOWN_MESSAGE = 0xFF
-"""A message type that does not exist in nf_tables. The kernel rejects every batch that contains it."""
 # TEST-NET-1 (RFC 5737) and the IPv6 documentation prefix (RFC 3849)
 _ADDRESSES = {
     Family.IPV4: ("192.0.2.1", "192.0.2.2:1", "192.0.2.0/24"),
@@ -68,28 +65,57 @@ def choose_commit(family: Family) -> NetlinkCommit | NftCommit:
     return NftCommit(family)
 
 
-def unsupported_reason(family: Family) -> str:
+def unsupported_reason(family: Family, *, connection_counters: bool = False) -> str:
     """Return why the kernel rejects the objects of nftables mode, or "" if it accepts them. Changes nothing.
 
-    The batch is the one of `choose_commit` with a message of an unknown type at its end, so the kernel rejects it as a
-    whole: other programs get no notification, and the generation ID stays the same. Raises `OSError`.
+    The batch is the one of `choose_commit`, but the kernel only checks it: other programs get no notification, and the
+    generation ID stays the same. See `probe_transaction` for `connection_counters`. Raises `OSError`.
     """
-    messages = list(TransactionEncoder(family, PROBE_TABLE).encode(probe_transaction(family)))
-    batch = [(each.type, each.flags, each.payload) for each in messages]
+    messages = list(
+        TransactionEncoder(family, PROBE_TABLE).encode(
+            probe_transaction(family, connection_counters=connection_counters)
+        )
+    )
     with BatchSocket(NFNL_SUBSYS_NFTABLES) as netlink:
         try:
-            netlink.commit([*batch, (nfnl_type(NFNL_SUBSYS_NFTABLES, _UNKNOWN_MESSAGE), 0, nfgenmsg())])
+            netlink.check([(each.type, each.flags, each.payload) for each in messages])
         except BatchRejectedError as error:
             first = error.rejections[0]
-    if first.index < 0:
-        return first.reason
-    return f"{messages[first.index].subject}: {first.reason}" if first.index < len(messages) else ""
+            return f"{messages[first.index].subject}: {first.reason}" if first.index >= 0 else first.reason
+    return ""
 
 
-def probe_transaction(family: Family) -> Transaction:
-    """Return a transaction that uses every feature that nftables mode needs. At the end, it deletes its table."""
+def why_no_counters(family: Family, commit: NetlinkCommit | NftCommit) -> str:
+    """Return why the kernel rejects counters in the elements of maps, or "" if it accepts them.
+
+    `commit` is the result of `choose_commit`.
+    """
+    try:
+        if isinstance(commit, NetlinkCommit):
+            return unsupported_reason(family, connection_counters=True)
+        NftCommit(family, PROBE_TABLE, timeout=PROBE_TIMEOUT_SECONDS)(
+            probe_transaction(family, connection_counters=True)
+        )
+    except OSError as error:
+        return error.strerror or str(error)
+    except TableError as error:
+        return str(error)
+    return ""
+
+
+def probe_transaction(family: Family, *, connection_counters: bool = False) -> Transaction:
+    """Return a transaction that uses every feature that nftables mode needs. At the end, it deletes its table.
+
+    With `connection_counters`, it also uses what `Context.connection_counters` needs.
+    """
     address, endpoint, network = _ADDRESSES[family]
-    context = Context(family, "", local_traffic=LocalTraffic(cidr=network), service_cidrs=(network,))
+    context = Context(
+        family,
+        "",
+        local_traffic=LocalTraffic(cidr=network),
+        service_cidrs=(network,),
+        connection_counters=connection_counters,
+    )
     diff = NftablesDiff(NftablesLedger(), context, create=True)
     for port in (1, 2):
         plan = _plan(address, endpoint, port=port, affinity_seconds=port - 1)

@@ -35,8 +35,8 @@ class Control(Protocol):
     def waiting(self) -> Mapping[Family, FamilyWaiting]:
         """Return the Services that the kernel does not have as they are."""
 
-    def objects(self, page: int) -> ObjectPage:
-        """Return a page of the objects, in the order of their names. The first page has the number 0."""
+    def objects(self, start: str) -> ObjectPage:
+        """Return a page of the objects, in the order of their names. `start` is "" for the first page."""
 
     def configuration(self) -> Mapping[str, object]:
         """Return the configuration in use, as the content of a configuration file."""
@@ -95,8 +95,8 @@ def _handler(control: Control, metrics: Handler) -> Handler:  # noqa: C901 - as 
                 return json(HTTPStatus.OK, control.service(f"{unquote(namespace)}/{unquote(name)}"))
             case ["waiting"] if request.method == "GET":
                 return json(HTTPStatus.OK, control.waiting())
-            case ["objects", digits] if request.method == "GET" and digits.isdecimal():
-                return json(HTTPStatus.OK, control.objects(int(digits[:9])))
+            case ["objects", start] if request.method == "GET":
+                return json(HTTPStatus.OK, control.objects(unquote(start)))
             case ["configuration"] if request.method == "GET":
                 return json(HTTPStatus.OK, control.configuration())
             case ["log"] if request.method == "GET":

@@ -27,6 +27,9 @@ addressType: IPv4
 ports: [{name: http, port: 8080, protocol: TCP}]
 endpoints: [{addresses: [10.244.1.7], nodeName: hiddennode, conditions: {ready: true}}]
 """
+LARGE = OBJECTS.replace("cart", "large").replace("10.96.0.81", "10.96.0.82")
+SLICES = 6
+"""The number of EndpointSlices with 1,000 endpoints: more than the daemon sends in one answer."""
 EXPECTED = {"objects.json", "versions.txt", "status.json", "configuration.json", "log.txt", "metrics.txt"}
 
 
@@ -58,6 +61,26 @@ def test_a_bundle_contains_everything_and_its_objects_give_the_same_rules(lab: L
         theirs = command(lab, "render", f"--objects={objects}", *render)
         assert ours.returncode == 0
         assert ours.stdout == theirs.stdout
+
+
+def test_a_bundle_contains_all_endpoints_of_a_large_service(lab: Lab, tmp_path: Path) -> None:
+    service, endpoints = LARGE.split("---\n")
+    slices = [
+        endpoints.replace("large-x1", f"large-x{number}").replace(
+            "endpoints: [",
+            "endpoints: ["
+            + "".join(f"{{addresses: [10.{number}.{each // 250}.{each % 250}]}}, " for each in range(999)),
+        )
+        for number in range(1, SLICES + 1)
+    ]
+    write(tmp_path / "objects", "---\n".join([OBJECTS, service, *slices]))
+    with Daemon(lab, tmp_path / "objects", tmp_path / "kproxy.log", mode_flag("nftables")) as daemon:
+        daemon.wait_until_synced()
+        files = bundle(lab, tmp_path / "bundle.tar.gz")
+    found = json.loads(files["objects.json"])["items"]
+    sizes = {each["metadata"]["name"]: len(each["endpoints"]) for each in found if each["kind"] == "EndpointSlice"}
+    assert sizes == {"cart-x1": 1, **{f"large-x{number}": 1000 for number in range(1, SLICES + 1)}}
+    assert sorted(each["metadata"]["name"] for each in found if each["kind"] == "Service") == ["cart", "large"]
 
 
 @BOTH_MODES

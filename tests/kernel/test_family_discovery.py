@@ -248,9 +248,9 @@ def test_family_without_nat_in_iptables_nft_is_skipped(
     link_programs(programs_of("nft"), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     unknown = nft_nat._CHAIN.replace(b"nat\0", b"not\0")
-    known, family_byte = BatchSocket.commit, nft_nat._ADDRESS_FAMILIES[family]
+    known, family_byte = BatchSocket.check, nft_nat._ADDRESS_FAMILIES[family]
 
-    def commit(self: BatchSocket, messages: list[tuple[int, int, bytes]]) -> None:
+    def check(self: BatchSocket, messages: list[tuple[int, int, bytes]]) -> None:
         """Replace the chain type for one family."""
         asked = [
             (kind, flags, payload.replace(nft_nat._CHAIN, unknown) if payload[0] == family_byte else payload)
@@ -258,7 +258,7 @@ def test_family_without_nat_in_iptables_nft_is_skipped(
         ]
         known(self, asked)
 
-    monkeypatch.setattr(BatchSocket, "commit", commit)
+    monkeypatch.setattr(BatchSocket, "check", check)
     assert list(namespace.call(discover_iptables)) == [OTHER[family]]
     assert warnings(caplog) == [
         f"skipping {family.value}: the kernel lacks one of the tables mangle, nat, filter: "

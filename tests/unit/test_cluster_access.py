@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -471,13 +472,58 @@ def test_client_certificate_files_are_read_again_periodically(
         assert get(client)[0] == 200, "new connections use the current certificate while its files are missing"
 
 
-def test_exec_plugin_is_not_run_periodically_for_certificate_files(
-    tmp_path: Path, certificates: Path, accesses: list[ClusterAccess]
+@pytest.mark.parametrize("field", ["certificate-authority", "client-certificate"])
+def test_exec_plugin_runs_again_only_after_certificate_files_have_changed(
+    tmp_path: Path,
+    certificates: Path,
+    accesses: list[ClusterAccess],
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
 ) -> None:
-    user = token_plugin(tmp_path / "plugin", "secret")
-    user |= {"client-certificate": str(certificates / "client.crt"), "client-key": str(certificates / "client.key")}
-    ApiClient.from_config(kubeconfig(tmp_path / "config", "https://127.0.0.1:1", user))
-    assert not accesses[-1].rotates
+    """A client first has a file that does not work with the server, and then one that does."""
+    user, cluster = token_plugin(tmp_path / "plugin", "secret"), {"certificate-authority": str(certificates / "ca.crt")}
+    rotated = tmp_path / "rotated.crt"
+    if field == "certificate-authority":
+        shutil.copy(certificates / "client.crt", rotated)
+        cluster[field] = str(rotated)
+    else:
+        self_signed(tmp_path, "rotated")
+        user |= {"client-certificate": str(rotated), "client-key": str(tmp_path / "rotated.key")}
+    reload_before_every_request(monkeypatch)
+    with ApiServer(
+        tokens=["secret"], tls=server_context(certificates, require_client=field == "client-certificate")
+    ) as server:
+        client = ApiClient.from_config(kubeconfig(tmp_path / "config", server.url, user, cluster))
+        for _ in range(2):
+            with pytest.raises(TransportError):
+                get(client)
+        assert len(accesses) == 1
+        if field == "certificate-authority":
+            shutil.copy(certificates / "ca.crt", rotated)
+        else:
+            shutil.copy(certificates / "client.key", tmp_path / "rotated.key")
+            shutil.copy(certificates / "client.crt", rotated)
+        for _ in range(2):
+            assert get(client)[0] == 200
+        assert len(accesses) == 2
+
+
+@with_each_access
+def test_certificate_authority_of_a_kubeconfig_is_read_again(
+    tmp_path: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = tmp_path / "ca.crt"
+    shutil.copy(certificates / "client.crt", authority)
+    reload_before_every_request(monkeypatch)
+    with ApiServer(tokens=["secret"], tls=server_context(certificates)) as server:
+        path = kubeconfig(
+            tmp_path / "config", server.url, {"token": "secret"}, {"certificate-authority": str(authority)}
+        )
+        client = ApiClient.from_config(path)
+        with pytest.raises(TransportError, match="certificate"):
+            get(client)
+        shutil.copy(certificates / "ca.crt", authority)
+        assert get(client)[0] == 200
 
 
 LOAD_AND_STOP = """

@@ -538,8 +538,8 @@ def test_the_state_of_a_daemon_gives_the_same_plans() -> None:
         ),
     )
     pages = [
-        ObjectPage((WEB,), (), Node(NODE), (), more=True),
-        ObjectPage((DB,), slices, Node(NODE), (), more=False),
+        ObjectPage((WEB,), (), Node(NODE), (), "shop/db/"),
+        ObjectPage((DB,), slices, Node(NODE), ()),
     ]
     waiting = {Family.IPV4: FamilyWaiting(("shop/web", "shop/db"), {"shop/db": "no such file"})}
     state = from_daemon(pages, waiting, empty_state(context))

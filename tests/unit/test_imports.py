@@ -70,7 +70,10 @@ PURE = (
     *(f"diagnose.check_{name}" for name in ("platform", "rules", "network", "cluster")),
     "host.observed",
     *(f"diagnose.{name}" for name in ("explain", "explain_facts", "explain_notes", "explain_report", "client_view")),
-    *(f"diagnose.{name}" for name in ("cluster_objects", "endpoint_use", "pods", "port_case", "port_reasons")),
+    *(
+        f"diagnose.{name}"
+        for name in ("caller_objects", "cluster_objects", "endpoint_use", "pods", "port_case", "port_reasons")
+    ),
     *(f"diagnose.{name}" for name in ("rejection_cause", "rules_problem", "service_problem")),
     "diagnose.top",
     *("iptables.desired_rules", "nftables.planned_table", "sync.planning", "diagnose.written_rules"),

@@ -27,15 +27,16 @@ esac
 
 def pod(name: str, *, phase: str = "Running", ready: bool = True) -> dict[str, Any]:
     conditions = [{"type": "Ready", "status": str(ready)}]
-    return {"metadata": {"name": name}, "status": {"phase": phase, "conditions": conditions}}
+    status = {"phase": phase, "conditions": conditions}
+    return {"metadata": {"name": name}, "spec": {"nodeName": f"node-of-{name}"}, "status": status}
 
 
 def test_a_ready_pod_is_preferred() -> None:
-    assert choose_pod([pod("a", ready=False), pod("c"), pod("b")], None, "kube-system") == "b"
-    assert choose_pod([pod("a", ready=False)], "node-1", "kube-system") == "a"
+    assert choose_pod([pod("a", ready=False), pod("c"), pod("b")], None, "kube-system") == ("b", "node-of-b")
+    assert choose_pod([pod("a", ready=False)], "node-1", "kube-system").name == "a"
     stopping = pod("a")
     stopping["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-    assert choose_pod([stopping, pod("b", ready=False)], None, "kube-system") == "b"
+    assert choose_pod([stopping, pod("b", ready=False)], None, "kube-system").name == "b"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,19 @@ def test_the_command_runs_in_the_pod_of_the_node(tmp_path: Path) -> None:
     selectors = "--selector=app.kubernetes.io/name=kproxy --output=json --field-selector=spec.nodeName=node-1"
     assert listing == f"get pods {access} {selectors}"
     assert execution == f"exec {access} kproxy-x1 --container=kproxy -- kproxy status -o json"
+
+
+@pytest.mark.parametrize("flag", ["--objects=/all.yaml", "--kubeconfig=/mine", "--help", "--unknown"])
+def test_explain_with_other_objects_is_passed_on_as_it_is(tmp_path: Path, flag: str) -> None:
+    assert run(tmp_path, "explain", "shop/api", flag).returncode == 1
+    _, execution = (tmp_path / "log").read_text().splitlines()
+    assert execution == (f"exec --namespace=kube-system kproxy-x1 --container=kproxy -- kproxy explain shop/api {flag}")
+
+
+def test_explain_of_an_invalid_name_is_a_usage_error(tmp_path: Path) -> None:
+    done = run(tmp_path, "explain", "a/b/c")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the Service must be NAMESPACE/NAME or NAME, not 'a/b/c'" in done.stderr
 
 
 def test_without_a_command_the_usage_is_an_error(tmp_path: Path) -> None:

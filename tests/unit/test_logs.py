@@ -15,6 +15,7 @@ import pytest
 from kproxy.cli.log_format import (
     JsonFormatter,
     TextFormatter,
+    keep_recent_lines,
     level_of,
     start_logging,
     verbosity_of,
@@ -168,11 +169,15 @@ def root() -> Iterator[logging.Logger]:
     root.setLevel(level)
 
 
+def log_each_level() -> None:
+    for level in (logging.DEBUG, V2, logging.INFO, logging.WARNING):
+        logging.getLogger("kproxy.somewhere").log(level, "%d", level)
+
+
 def shown(capfd: pytest.CaptureFixture[str], settings: Logging) -> list[str]:
     """Log one message of each of the levels 10, 15, 20 and 30; return the messages that are written."""
     start_logging(settings)
-    for level in (logging.DEBUG, V2, logging.INFO, logging.WARNING):
-        logging.getLogger("kproxy.somewhere").log(level, "%d", level)
+    log_each_level()
     lines = capfd.readouterr().err.splitlines()
     if settings.format == "json":
         assert all(json.loads(line)["caller"].startswith("unit/test_logs.py:") for line in lines)
@@ -228,6 +233,31 @@ def test_vmodule_sets_the_verbosity_of_single_files(
 ) -> None:
     files = tuple(VModule(file_pattern=pattern, verbosity=number) for pattern, number in patterns)
     assert shown(capfd, Logging(verbosity=verbosity, vmodule=files)) == messages
+
+
+@pytest.mark.parametrize(
+    ("started", "changed", "messages"),
+    [
+        (0, 0, ["15", "20", "30"]),
+        (0, 4, ["10", "15", "20", "30"]),
+        (4, 0, ["15", "20", "30"]),
+        (4, 2, ["15", "20", "30"]),
+    ],
+)
+def test_the_higher_of_vmodule_and_a_changed_verbosity_applies(
+    root: logging.Logger, capfd: pytest.CaptureFixture[str], started: int, changed: int, messages: list[str]
+) -> None:
+    start_logging(Logging(verbosity=started, vmodule=(VModule(file_pattern="test_logs", verbosity=2),)))
+    recent = keep_recent_lines()
+    recent.set_verbosity(4)
+    recent.set_verbosity(changed)
+    log_each_level()
+    assert root.isEnabledFor(V2)
+    root.handle(record(V2, "of another file"))
+    shown_lines = capfd.readouterr().err.splitlines()
+    expected = [*messages, *(["of another file"] if changed >= 2 else [])]
+    assert [line.partition("] ")[2] for line in shown_lines] == expected
+    assert [line.partition("] ")[2] for line in recent.lines()] == expected
 
 
 def test_restarted_logging_has_only_the_new_settings(root: logging.Logger, capfd: pytest.CaptureFixture[str]) -> None:

@@ -172,7 +172,8 @@ class ApiClient:
     def _reload_if_due(self) -> None:
         if self._reload_due():
             self._loaded = time.monotonic()  # after a failure too: the next attempt is due one period later
-            self._load()
+            if self._access.files_changed:
+                self._load()
 
     def _update(self, action: Callable[[], None], *, wait: bool) -> None:
         """Update the credentials with `action`. Only one thread does this at a time.

@@ -79,6 +79,10 @@ class ClusterAccess(Protocol):
         """Whether to reload credentials and certificates regularly, because their files may be replaced."""
 
     @property
+    def files_changed(self) -> bool:
+        """Whether a reload may find anything new. This may read files."""
+
+    @property
     def pool(self) -> Any:
         """The connections to the server, as a `urllib3.PoolManager`."""
 
@@ -132,6 +136,7 @@ class StaticConfig(Struct, frozen=True):
 class StaticAccess:
     """A `ClusterAccess` with static credentials."""
 
+    files_changed = True
     refresh_due = False
     expired = False
 

@@ -29,7 +29,7 @@ from kproxy.kube.client.cluster_access import (
 )
 from kproxy.kube.client.http_proxy import http_proxy_for
 
-_FILE_FIELDS = ("tokenFile", "client-certificate", "client-key")
+_FILE_FIELDS = ("tokenFile", "certificate-authority", "client-certificate", "client-key")
 _PLUGIN_FIELDS = {"exec", "auth-provider"}
 """Fields of a kubeconfig user whose credentials come from a program or from another server."""
 
@@ -52,11 +52,14 @@ class PluginAccess:
         # Ignore the proxy that the package chose by its own rules: `_choose_proxy` applies Go's rules.
         configuration.proxy, configuration.no_proxy = None, ""
         self._loader: Any = None
+        self._plugin_files: dict[str, bytes | None] | None = None
         # True if credentials come from files. ApiClient then reloads them, and keeps the current ones if that fails.
         # The package itself refreshes tokens from plugins.
         self.rotates = kubeconfig is None and server is None
         if kubeconfig is not None:
-            self._loader, self.rotates = _load_kubeconfig(configuration, kubeconfig, first)
+            self._loader, self.rotates, has_plugin = _load_kubeconfig(configuration, kubeconfig, first)
+            if has_plugin:  # before the files are used: if they are replaced meanwhile, the difference is found later
+                self._plugin_files = _contents(configuration)
         elif server is None:
             with PackageErrors(IN_CLUSTER):
                 config.load_incluster_config(configuration, try_refresh_token=False)
@@ -69,6 +72,11 @@ class PluginAccess:
         self._expiry: datetime | None
         self._adopt_credentials()
         self.pool = _make_pool(configuration, self._source)
+
+    @property
+    def files_changed(self) -> bool:
+        """Whether files may have been replaced. With a plugin, they are compared, so that it does not run in vain."""
+        return self._plugin_files is None or self._plugin_files != _contents(self._configuration)
 
     @property
     def refresh_due(self) -> bool:
@@ -106,10 +114,11 @@ class PluginAccess:
         return f"{scheme} {usable_token(token, f'{self._source}: credentials')}"
 
 
-def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[Any, bool]:
+def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[Any, bool, bool]:
     """Load a kubeconfig into the package's configuration.
 
-    Return the package's loader, and whether the credentials must be reloaded because they come from files.
+    Return the package's loader, whether credentials or certificates come from files, and whether credentials come from
+    a plugin.
     """
     from kubernetes.config.kube_config import KubeConfigLoader, KubeConfigMerger
 
@@ -127,7 +136,7 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[
         cluster = merged["clusters"].get_with_name(context["cluster"]).value["cluster"]
         user, folder = _find_user(merged, context)
         check_entries(cluster, user, kubeconfig)
-        has_files = any(user.get(name) for name in _FILE_FIELDS)
+        has_files = any(user.get(name) or cluster.get(name) for name in _FILE_FIELDS)
         token = read_token(user, folder, kubeconfig, first=first)
         # Give the package only the token that `read_token` chose: by itself, the package would prefer `token` to
         # `tokenFile`, even if `token` is empty.
@@ -135,7 +144,20 @@ def _load_kubeconfig(configuration: Any, kubeconfig: str, first: bool) -> tuple[
         if token:
             user["token"] = token
         loader.load_and_set(configuration)
-    return loader, has_files and not user.keys() & _PLUGIN_FIELDS
+    return loader, has_files, bool(user.keys() & _PLUGIN_FIELDS)
+
+
+def _contents(configuration: Any) -> dict[str, bytes | None]:
+    """Return the contents of the files with certificates and keys, None for those that cannot be read."""
+    paths = (configuration.ssl_ca_cert, configuration.cert_file, configuration.key_file)
+    return {path: _content(Path(path)) for path in paths if path}
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _find_user(merged: Any, context: Any) -> tuple[dict[str, Any], Path]:
