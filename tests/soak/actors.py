@@ -83,6 +83,7 @@ class Actors:
         self._open: list[OpenDamage] = []
         self._foreign = 0
         self.not_repaired: list[str] = []
+        self.exits: list[int] = []
         self.flushes = 0
         self.damages = 0
 
@@ -122,8 +123,16 @@ class Actors:
         """Undo all faults and wait until all damages are repaired."""
         self._undo_faults()
         while self._open:
+            self.restart_if_exited()
             self._look_at_damages()
             time.sleep(0.05)
+        self.restart_if_exited()
+
+    def restart_if_exited(self) -> None:
+        """Start kproxy again if it has exited on its own. It may do so only for a reason that `Proxy` knows."""
+        if (code := self._proxy.restart_if_exited()) is not None:
+            self.exits.append(code)
+            self._log(f"kproxy exited with status {code}")
 
     def _undo_faults(self) -> None:
         for _, text, undo in self._undo:
@@ -231,7 +240,12 @@ class Actors:
     def _settle(self) -> None:
         """Wait until all faults and damages are over and kproxy has programmed all changes."""
         self.finish()
-        wait_until(self._proxy.has_synced, "kproxy has synced each family")
+
+        def synced() -> bool:
+            self.restart_if_exited()
+            return self._proxy.has_synced()
+
+        wait_until(synced, "kproxy has synced each family")
         self.wait_for_mark()
         states: list[State] = []
         wait_until(lambda: self._is_stable(states), "the rules do not change")

@@ -90,7 +90,7 @@ class Soak:
             actors.restart(self._mode)
             traffic = self._traffic(cluster, inside, outside)
             with traffic:
-                self._act(actors, proxy, traffic)
+                self._act(actors, traffic)
                 actors.finish()
                 traffic.settle()
                 traffic.read()
@@ -112,7 +112,7 @@ class Soak:
     def _log(self, text: str) -> None:
         print(f"{time.monotonic() - self._start:8.3f} s  {text}", file=self._events)
 
-    def _act(self, actors: Actors, proxy: Proxy, traffic: Traffic) -> None:
+    def _act(self, actors: Actors, traffic: Traffic) -> None:
         """Let the actors act. In the second half, kproxy is not restarted, so that it shows whether it grows."""
         self._start = began = time.monotonic()
         deck = actors.actions(restarts=True)
@@ -128,9 +128,7 @@ class Soak:
             while time.monotonic() < pause:
                 actors.tick()
                 time.sleep(0.05)
-            if (code := proxy.restart_if_exited()) is not None:
-                self._problems.append(f"kproxy exited with status {code} after: {action.name}")
-                self._log(self._problems[-1])
+            actors.restart_if_exited()
             traffic.read()
 
     def _compare_with_fresh_start(
@@ -175,6 +173,7 @@ class Soak:
         lines += [f"  {each}" for each in more_lines]
         problems = [*self._problems]
         problems += [f"failed: {each.label}: {each.text(self._start)}" for each in unexplained]
+        problems += [f"kproxy exited with status {each}" for each in actors.exits]
         problems += [f"not repaired: {each}" for each in actors.not_repaired]
         return Outcome("\n".join(lines), (*problems, *more_problems))
 
