@@ -1,0 +1,121 @@
+"""`kproxy trace --live` on recorded clusters: the kernel treats real packets as the trace and the table predict.
+
+The lab has no endpoints: a packet is traced until it leaves the node or is delivered to it.
+"""
+
+from __future__ import annotations
+
+import socket
+from ipaddress import ip_address
+
+import pytest
+
+from kproxy.diagnose.trace.ask import KernelTrace, TracedPacket
+from kproxy.diagnose.trace.trace import PacketTrace
+from kproxy.model.types import Family
+from tests.kernel.test_packets import ROWS
+from tests.lab.iptables import PREFIXES, add_counters
+from tests.lab.links import version_of
+from tests.lab.namespace import Namespace
+from tests.lab.servers import FAMILIES, SOCKET_TYPES
+from tests.lab.topology import Host, Lab
+from tests.packets.programmed import iptables_text, nftables_text
+from tests.packets.senders import NODE, sender_of, source_of
+from tests.packets.table import Row
+from tests.recordings import SCENARIOS
+
+MODES = tuple(ROWS)
+
+
+def chosen(mode: str, scenario: str) -> list[Row]:
+    """Return two rows of a scenario: one sent by the node, if there is one, and one sent by another host."""
+    rows = [row for row in ROWS[mode] if row.scenario == scenario and row.protocol != "SCTP"]
+    number = SCENARIOS.index(scenario)
+    groups = ([row for row in rows if row.sender == NODE], [row for row in rows if row.sender != NODE])
+    return [group[number % len(group)] for group in groups if group]
+
+
+CASES = {(mode, scenario): chosen(mode, scenario) for mode in MODES for scenario in SCENARIOS}
+
+
+def program(node: Namespace, mode: str, scenario: str) -> None:
+    """Load the rules that kproxy programs for a recorded cluster."""
+    if mode == "nftables":
+        node.run(["nft", "-f", "-"], "".join(nftables_text(scenario).values()))
+        return
+    add_counters(node)
+    node.sysctl(ipv4__conf__all__route_localnet=1)
+    for family, text in iptables_text(scenario).items():
+        node.run([f"{PREFIXES[family]}-nft-restore"], text)
+
+
+def add_sender(lab: Lab, row: Row) -> Host:
+    """Add the sender of a row. The name of its link must match the names of pod interfaces."""
+    place = sender_of(row.sender)
+    name = {"eth0": "out", "veth-endpoint": "veth-1"}.get(place.interface, place.interface)
+    return lab.add_client(name, *place.addresses.values())
+
+
+def send(sender: Host, row: Row) -> None:
+    """Send the first packet of a connection."""
+    kind, number = SOCKET_TYPES[row.protocol]
+    with sender.namespace.socket(FAMILIES[version_of(row.address)], kind, number) as sending:
+        sending.setblocking(False)
+        sending.connect_ex((row.address, row.port))
+        if kind == socket.SOCK_DGRAM:
+            sending.send(b"\n")
+
+
+def trace_live(node: Namespace, row: Row, sender: Host | None) -> PacketTrace:
+    """Trace the packet of a row in this process, and have it sent: by the trace itself if it comes from the node."""
+    packet = TracedPacket(source=source_of(row), destination=row.address, port=row.port, protocol=row.protocol)
+
+    def trace() -> PacketTrace:
+        kernel = KernelTrace(packet, None)
+        assert kernel.node_sends == (sender is None)
+        return kernel.watch(lambda: send(sender, row) if sender else None)
+
+    return node.call(trace)
+
+
+def is_possible(found: PacketTrace, row: Row) -> bool:
+    """Return whether what has happened to the real packet is one of the fates of its row."""
+    assert found.live is not None
+    live = found.live
+    if row.fate.startswith(("drop", "reject")):
+        return live.verdict == "dropped"
+    if live.verdict != "accepted":
+        return False
+    untouched = f"[{row.address}]:{row.port}" if ":" in row.address else f"{row.address}:{row.port}"
+    for part in row.fate.split("; "):
+        manner, _, endpoints = part.partition(" ")
+        reached = live.endpoint in (endpoints.split(", ") if endpoints else [untouched])
+        if reached and live.masqueraded in (None, "+masq" in manner):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("mode", "scenario"), CASES)
+def test_kernel_treats_the_packet_as_predicted(lab: Lab, nft: None, mode: str, scenario: str) -> None:
+    node = lab.node.namespace
+    program(node, mode, scenario)
+    for row in CASES[mode, scenario]:
+        sender = None if row.sender == NODE else add_sender(lab, row)
+        found = trace_live(node, row, sender)
+        assert found.live is not None
+        assert found.live.seen, row
+        assert found.live.agrees, (str(row), found)
+        assert (found.unknowns, found.unknown_probability) == ((), 0), row
+        assert is_possible(found, row), (str(row), row.fate, found.live)
+
+
+def test_packets_are_of_all_kinds() -> None:
+    rows = [(mode, row) for (mode, _), rows in CASES.items() for row in rows]
+    assert len(CASES) == 2 * len(SCENARIOS)
+    for mode in MODES:
+        sent = [row for own, row in rows if own == mode]
+        manners = {row.fate.partition(" ")[0].removesuffix("+affinity") for row in sent}
+        assert manners == {"dnat", "dnat+masq", "reject", "drop", "untouched"}
+        assert {row.family for row in sent} == set(Family)
+        assert {row.protocol for row in sent} == {"TCP", "UDP"}
+        assert any(ip_address(row.address).is_loopback for row in sent)
