@@ -5,20 +5,28 @@ The lab has no endpoints: a packet is traced until it leaves the node or is deli
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 
-from kproxy.diagnose.trace.ask import KernelTrace, TracedPacket
+from kproxy.diagnose.trace.ask import KernelTrace, TracedPacket, trace_kernel
+from kproxy.diagnose.trace.kernel import KernelError
 from kproxy.diagnose.trace.trace import PacketTrace
+from kproxy.host.nf_tables_trace import TraceTable
 from kproxy.model.types import Family
 from tests.kernel.test_packets import ROWS
-from tests.lab.iptables import PREFIXES, add_counters
+from tests.lab.iptables import PREFIXES, PROGRAMS, add_counters, link_programs
 from tests.lab.links import version_of
+from tests.lab.modes import BOTH_MODES
 from tests.lab.namespace import Namespace
 from tests.lab.servers import FAMILIES, SOCKET_TYPES
 from tests.lab.topology import Host, Lab
+from tests.lab.waiting import wait_until
 from tests.packets.programmed import iptables_text, nftables_text
 from tests.packets.senders import NODE, sender_of, source_of
 from tests.packets.table import Row
@@ -119,3 +127,105 @@ def test_packets_are_of_all_kinds() -> None:
         assert {row.family for row in sent} == set(Family)
         assert {row.protocol for row in sent} == {"TCP", "UDP"}
         assert any(ip_address(row.address).is_loopback for row in sent)
+
+
+@pytest.mark.parametrize("owned", [False, True], ids=["left over", "another trace"])
+def test_table_that_exists_already_is_reported(node: Namespace, nft: None, owned: bool) -> None:
+    packet = TracedPacket(source="10.99.0.2", destination="10.96.1.1", port=80, protocol="TCP")
+    kernel = node.call(lambda: KernelTrace(packet, None))
+    if owned:
+        other = node.call(lambda: TraceTable(Family.IPV4, "output", ()))
+    else:
+        node.run(["nft", "add table ip kproxy-trace"])
+    with pytest.raises(KernelError, match="ip kproxy-trace exists already"):
+        node.call(kernel.watch)
+    if owned:
+        other.close()
+        wait_until(lambda: "kproxy-trace" not in node.run(["nft", "list", "tables"]).stdout, "the end of the table")
+
+
+# Without the program nft
+
+
+@pytest.fixture
+def path_without_nft(tmp_path: Path) -> str:
+    """A PATH that has the programs of iptables, but not nft."""
+    link_programs({name: name for name in PROGRAMS}, tmp_path)
+    return str(tmp_path)
+
+
+def run_trace(node: Namespace, path: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return node.run(["env", f"PATH={path}", sys.executable, "-m", "kproxy", "trace", *flags], check=False)
+
+
+def ways(found: PacketTrace) -> object:
+    """Return the outcomes of a trace, and the rules on its ways, without what only one of the sources has.
+
+    The ways are sorted, because their order is that of the elements of a map in the kernel.
+    """
+    rules = [
+        [(step.hook, step.effect, step.rule and (step.rule.chain, step.rule.number)) for step in path.steps]
+        for path in found.paths
+    ]
+    return (
+        found.answer,
+        found.outcomes,
+        [each.rule and each.rule.chain for each in found.unknowns],
+        sorted(map(repr, rules)),
+    )
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    ["session-affinity", "loadbalancer-source-ranges", "dual-stack", "random-11", "config-detect-bridge", "zone-hints"],
+)
+def test_own_table_is_read_without_nft(
+    node: Namespace, nft: None, path_without_nft: str, monkeypatch: pytest.MonkeyPatch, scenario: str
+) -> None:
+    program(node, "nftables", scenario)
+    rows = [row for row in ROWS["nftables"] if row.scenario == scenario][::5]
+    packets = [
+        TracedPacket(source=source_of(row), destination=row.address, port=row.port, protocol=row.protocol)
+        for row in rows
+    ]
+
+    def traced() -> list[object]:
+        return [node.call(lambda packet=packet: ways(trace_kernel(packet, None))) for packet in packets]  # type: ignore[misc]
+
+    expected = traced()
+    monkeypatch.setenv("PATH", path_without_nft)
+    assert traced() == expected
+
+
+@BOTH_MODES
+def test_command_needs_no_nft(lab: Lab, nft: None, path_without_nft: str, mode: str) -> None:
+    node = lab.node.namespace
+    program(node, mode, "nodeport")
+    done = run_trace(node, path_without_nft, "--from=10.99.0.2", "--to=10.96.1.1:80", "--live", "-o", "json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["live"]["agrees"], found["live"]
+    assert found["live"]["endpoint"].startswith("10.244.")
+    assert all(rule["text"] for rule in found["live"]["rules"])
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["other program's table", "changed own table"])
+def test_what_only_nft_can_read_is_named_on_one_line(
+    node: Namespace, nft: None, path_without_nft: str, own: bool
+) -> None:
+    program(node, "nftables", "nodeport")
+    flags = ("--from=10.244.1.5", "--to=10.96.1.1:80")
+    hook = "chain c { type filter hook forward priority 0; policy"
+    # Tables without rules and those of the other family do not matter.
+    node.run(["nft", "-f", "-"], f"table inet empty {{ {hook} accept; }}; }}\ntable ip6 site {{ {hook} drop; }}; }}\n")
+    assert run_trace(node, path_without_nft, *flags).returncode == 0
+    if own:
+        node.run(["nft", "insert rule ip kube-proxy services tcp dport 80 limit rate 5/second drop"])
+    else:
+        node.run(["nft", "-f", "-"], f"table inet site {{ {hook} drop; }}; }}\n")
+    done = run_trace(node, path_without_nft, *flags)
+    assert (done.returncode, done.stdout) == (3, "")
+    (line,) = done.stderr.splitlines()
+    assert "nft not found" in line
+    assert ("ip kube-proxy" if own else "inet site") in line
+    assert "--dump=FILE" in line

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kproxy.host.netlink_message import attribute, nested
 from kproxy.model.types import Family
 from kproxy.nftables import ruleset as nft
-from kproxy.host.netlink_message import attribute, nested
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.rule_content import RuleContent, canonical_expressions, rule_content
 from kproxy.nftables.rule_decoder import decode_any_rule, decode_rule

@@ -178,29 +178,26 @@ class KernelTrace:
 
     def _matched_rules(self, watched: WatchedPacket) -> Iterator[TracedRule]:
         """Yield the rules that a real packet has matched, as the program names them."""
-        handles: dict[tuple[str, str], list[int]] = {}
+        handles: dict[tuple[str, str], list[int]] = {}  # of chains whose rules were read without their handles
         for event in watched.events:
             if event.kind != "rule" or event.table == TABLE:
                 continue
-            owner, number = event.family, 0
-            name = _IPTABLES_NAMES.get(event.family)
-            if name and (name, event.table, event.chain) in self._program.chains:
-                place = (event.table, event.chain)
-                if place not in handles:
-                    handles[place] = rule_handles(self._family, *place)
-                owner = name
-                number = handles[place].index(event.handle) + 1 if event.handle in handles[place] else 0
-            yield self._rule(owner, event, number)
+            place = (event.table, event.chain)
+            owner = _IPTABLES_NAMES.get(event.family, event.family)
+            if (owner, *place) not in self._program.chains:
+                owner = event.family
+            sources = [rule.source for rule in self._program.chains.get((owner, *place), ())]
+            if sources and not sources[0].handle and place not in handles:
+                handles[place] = rule_handles(self._family, *place)
+            numbers = {handle: number for number, handle in enumerate(handles.get(place, ()), 1)}
+            known = (each for each in sources if _is_rule(each, event, numbers.get(event.handle, 0)))
+            # Without a text: it was not there when the rules were read.
+            yield traced_rule(next(known, RuleSource(owner, *place, handle=event.handle)))
 
-    def _rule(self, owner: str, event: TraceEvent, number: int) -> TracedRule:
-        """Return a rule of the program; its text is empty if it was not there when the rules were read."""
-        rules = self._program.chains.get((owner, event.table, event.chain), [])
-        sources = [each.source for each in rules]
-        if number:
-            found = next((each for each in sources if each.number == number), None)
-        else:
-            found = next((each for each in sources if each.handle == event.handle), None)
-        return traced_rule(found or RuleSource(owner, event.table, event.chain, handle=event.handle))
+
+def _is_rule(source: RuleSource, event: TraceEvent, number: int) -> bool:
+    """Return whether an event is about a rule, given the number of the event's rule in its chain, 0 if unknown."""
+    return source.handle == event.handle if source.handle else source.number == number
 
 
 _IPTABLES_NAMES = {"ip": "iptables", "ip6": "ip6tables"}

@@ -92,6 +92,12 @@ class Dumps:
                 self._nft_variants.add(found)
             self._iptables.add(read_iptables_save(part, found))
 
+    def has_saved(self, family: str, table: str) -> bool:
+        """Return whether a dump of iptables-nft has a table, named as in nftables. `family` is nft's name of it."""
+        if (Family.IPV6 if family == "ip6" else Family.IPV4) not in self._nft_variants:
+            return False
+        return any(key[:2] == (_OWNERS.get(family), table) for key in self._iptables.chains)
+
     def program(self) -> Program:
         """Return the program of all dumps. Raises `DumpError` if one of them is damaged.
 
@@ -117,12 +123,7 @@ class Dumps:
             chain = entry.get("chain")
             if chain and chain["name"] in _BUILT_IN and "hook" in chain and chain["table"] in IPTABLES_TABLES:
                 built_in.add((chain["family"], chain["table"]))
-        hidden = {
-            (family, table)
-            for family, table in built_in
-            if (Family.IPV6 if family == "ip6" else Family.IPV4) in self._nft_variants
-            and any(key[:2] == (_OWNERS.get(family), table) for key in self._iptables.chains)
-        }
+        hidden = {place for place in built_in if self.has_saved(*place)}
         for entry in self._nft:
             if _place(entry) not in hidden:
                 yield entry

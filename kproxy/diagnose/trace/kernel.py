@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kproxy.diagnose.trace.dumps import DumpError, Dumps
+from kproxy.diagnose.trace.netlink_tables import read_tables
 from kproxy.host import nf_tables_constants as nf
 from kproxy.host.commands import CommandError, run
 from kproxy.host.interfaces import own_addresses
@@ -21,6 +23,8 @@ from kproxy.model.types import Family
 from kproxy.nftables.expressions import string_attribute
 
 TIMEOUT_SECONDS = 60
+MAX_NAMED = 3
+"""Maximum number of tables that a message names."""
 # linux/rtnetlink.h and linux/fib_rules.h
 _RTM_GETROUTE = 26
 _RTM_GETRULE = 34
@@ -51,12 +55,32 @@ def read_rules(family: Family) -> Dumps:
     try:
         for argv in _saving(name):
             dumps.add(_output(argv), argv[0], family)
-        if shutil.which("nft") is None:
-            raise KernelError("nft not found: it is in the package nftables, and shows the tables of nftables")
-        dumps.add(_output(["nft", "-j", "list", "ruleset"]), "nft", family)
+        if shutil.which("nft") is not None:
+            dumps.add(_output(["nft", "-j", "list", "ruleset"]), "nft", family)
+        else:
+            dumps.add(_tables_without_nft(family, dumps), "nf_tables", family)
     except DumpError as error:
         raise KernelError(str(error)) from None
     return dumps
+
+
+def _tables_without_nft(family: Family, saved: Dumps) -> str:
+    """Return the nftables that iptables-save has not saved. Raises `KernelError` if only nft can read one of them."""
+    try:
+        found = read_tables(family, saved.has_saved)
+    except OSError as error:
+        if error.errno in {errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.EINVAL}:
+            return ""  # a kernel without nf_tables
+        raise KernelError(f"cannot read the nftables of this node: {error.strerror or error}") from None
+    if not found.unreadable:
+        return found.text
+    names = [f"{owner} {table}" for owner, table in found.unreadable]
+    if len(names) > MAX_NAMED:
+        names[MAX_NAMED:] = [f"{len(names) - MAX_NAMED} more"]
+    raise KernelError(
+        f"nft not found, which is needed to read tables of this node ({', '.join(names)}); install package nftables, "
+        "or pass --dump=FILE with the output of `nft -j list ruleset`"
+    )
 
 
 def _saving(name: str) -> Iterator[list[str]]:

@@ -20,6 +20,7 @@ from kproxy.model.addresses import socket_text
 from kproxy.model.types import Family, Protocol
 from kproxy.nftables import ruleset as nft
 from kproxy.nftables.expressions import encode_statement, string_attribute, u32_attribute, value_attribute
+from kproxy.nftables.names import table_family
 
 WAIT_SECONDS = 30
 """How long to wait for a packet that somebody else sends."""
@@ -74,8 +75,11 @@ def watch(flow: WatchedFlow, ready: Callable[[], object] = lambda: None) -> Watc
             return None
         return WatchedPacket(events=tuple(found), connection=_connection(flow, found[0]))
     except OSError as error:
-        if error.errno == errno.EEXIST:
-            raise KernelError("another `kproxy trace --live` is running on this node; wait for its end") from None
+        if error.errno in {errno.EEXIST, errno.EPERM}:  # EPERM: the table belongs to another process
+            raise KernelError(
+                f"table {table_family(flow.family)} {TABLE} exists already, probably because of another "
+                "`kproxy trace --live`; wait for its end, or delete the table"
+            ) from None
         raise KernelError(f"cannot trace a real packet: {error.strerror or error}") from None
 
 
