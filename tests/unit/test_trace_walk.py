@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from kproxy.diagnose.trace.ask import TracedPacket, trace_dumps
+from kproxy.diagnose.trace.ask import TracedPacket, compare_live, trace_dumps
 from kproxy.diagnose.trace.dumps import Dumps
 from kproxy.diagnose.trace.flow import Bits, Interface
-from kproxy.diagnose.trace.live import first_packet
+from kproxy.diagnose.trace.live import WatchedPacket, first_packet
 from kproxy.diagnose.trace.trace import PacketTrace
 from kproxy.host import nf_tables_constants as nf
+from kproxy.host.ctnetlink import TrackedConnection
 from kproxy.host.netlink_message import HEADER, MalformedMessageError, attribute, nested, nfgenmsg, nfnl_type
 from kproxy.host.nf_tables_trace import TABLE, TraceEvent, parse_events
 from kproxy.model.types import Protocol
@@ -366,3 +367,34 @@ def test_rule_that_changes_nothing_is_a_step_too(mode: str) -> None:
     dump = hook if mode == "nftables" else iptables(f"FORWARD {rule}", f"FORWARD {rule}")
     found = ask(dump)
     assert [step.effect for step in found.paths[0].steps] == ["mark", "matched"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "reply_destination", "agrees"),
+    [
+        ("10.1.0.9", "10.1.0.5", True),
+        ("10.1.0.8", "10.1.0.5", False),  # another endpoint
+        ("10.1.0.9", NODE, False),  # masqueraded
+    ],
+)
+def test_real_packet_must_end_as_predicted_too(endpoint: str, reply_destination: str, agrees: bool) -> None:
+    hook = "type nat hook prerouting priority dstnat; policy accept;"
+    report = ask(nft(f"prerouting: {hook} // tcp dport 80 dnat to 10.1.0.9:8080"))
+    rules = [step.rule for step in report.paths[0].steps if step.rule]
+    connection = TrackedConnection(
+        source="10.1.0.5",
+        source_port=999,
+        destination="10.2.0.7",
+        port=80,
+        reply_source=endpoint,
+        reply_source_port=8080,
+        reply_destination=reply_destination,
+        reply_port=999,
+    )
+    watched = WatchedPacket(events=(event(1, "t", "prerouting"),), connection=connection)
+    live = compare_live(report, watched, rules)
+    assert (live.agrees, live.verdict, live.endpoint) == (agrees, "accepted", f"{endpoint}:8080")
+    assert compare_live(report, watched, []).agrees is False
+    # The endpoint has refused the connection: only the headers of the packet are left.
+    refused = WatchedPacket(events=(event(1, "t", "forward", **header(endpoint, 8080)),))
+    assert compare_live(report, refused, rules).agrees is (endpoint == "10.1.0.9")
