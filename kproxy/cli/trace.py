@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +17,7 @@ from kproxy.cli.parser import COMMANDS, HelpFormatter
 from kproxy.model.types import Protocol
 
 if TYPE_CHECKING:
+    from kproxy.diagnose.trace.ask import KernelTrace
     from kproxy.diagnose.trace.cluster_objects import ClusterAddresses
     from kproxy.diagnose.trace.dumps import Dumps
 
@@ -119,7 +121,7 @@ def _trace(options: argparse.Namespace) -> int:
     dumps = _read_dumps(options.dump)
 
     from kproxy.cli.trace_text import trace_lines
-    from kproxy.diagnose.trace.ask import TracedPacket, trace_dumps, trace_kernel, with_live_packet
+    from kproxy.diagnose.trace.ask import KernelTrace, TracedPacket, trace_dumps
     from kproxy.diagnose.trace.dumps import DumpError
     from kproxy.diagnose.trace.kernel import KernelError
 
@@ -136,17 +138,24 @@ def _trace(options: argparse.Namespace) -> int:
         if dumps is not None:
             report = trace_dumps(packet, dumps, addresses, objects, options.node or "")
         else:
-            report = trace_kernel(packet, objects)
-            if options.live:
-                if report.interface != "":
-                    print(f"waiting for a packet from {source} to {options.to}: send one now", file=sys.stderr)
-                report = with_live_packet(report, packet)
+            kernel = KernelTrace(packet, objects)
+            report = kernel.watch(_ask_for_packet(kernel, source, options.to)) if options.live else kernel.report
     except DumpError as error:
         raise UsageError(f"--dump: {error}") from None
     except KernelError as error:
         raise CannotTellError(str(error)) from None
     show_report(report, options.output, lambda style: trace_lines(report, style))
     return {"works": ExitCode.WORKS, "broken": ExitCode.BROKEN, "unknown": ExitCode.UNKNOWN}[report.answer]
+
+
+def _ask_for_packet(kernel: KernelTrace, source: str, target: str) -> Callable[[], None]:
+    """Return a function that asks people for a packet, unless the node sends it."""
+
+    def ask() -> None:
+        if not kernel.node_sends:
+            print(f"waiting for a packet from {source} to {target}: send one now", file=sys.stderr)
+
+    return ask
 
 
 def _parse_target(text: str | None) -> _Target:

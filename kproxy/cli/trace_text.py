@@ -75,12 +75,13 @@ def _live(live: TraceLive, style: Style) -> Iterator[str]:
     if not live.seen:
         yield from _wrapped("Live: no packet of this connection came.", "", style.warning)
         return
+    end = (f", to {live.endpoint}" if live.endpoint else "") + (", masqueraded" if live.masqueraded else "")
     if live.agrees:
-        text = f"Live: a real packet was {live.verdict}, by the predicted rules ({len(live.rules)})."
+        text = f"Live: a real packet was {live.verdict}, by the predicted rules ({len(live.rules)}){end}."
         yield from _wrapped(text, "", style.good)
         return
     yield from _wrapped(
-        f"Live: a real packet was {live.verdict}, not by the predicted rules, but by these:", "", style.bad
+        f"Live: a real packet was {live.verdict}{end}, not as predicted. It matched these rules:", "", style.bad
     )
     for rule in live.rules:
         yield from _wrapped(f"{_place(rule)}: {_quoted(rule)}", "    ", None)

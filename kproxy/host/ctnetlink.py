@@ -1,4 +1,4 @@
-"""Delete stale UDP entries from the kernel's connection tracking table, and count connections, over ctnetlink.
+"""Read, count and delete entries of the kernel's connection tracking table over ctnetlink.
 
 Whether an entry is stale depends on two of its sockets: the original destination, to which the client sends, and the
 source of the replies. The two sockets differ if the destination is translated (DNAT).
@@ -20,7 +20,7 @@ from msgspec import Struct
 from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkError, NetlinkSocket, retry_interrupted
 from kproxy.host.netlink_message import NFGENMSG_SIZE, attribute, attributes, nested, nfgenmsg, nfnl_type
 from kproxy.model.addresses import socket_text, split_socket_text
-from kproxy.model.types import Family
+from kproxy.model.types import Family, Protocol
 
 # linux/netfilter/nfnetlink.h and linux/netfilter/nfnetlink_conntrack.h
 NFNL_SUBSYS_CTNETLINK = 1
@@ -29,6 +29,7 @@ IPCTNL_MSG_CT_GET = 1
 IPCTNL_MSG_CT_DELETE = 2
 CTA_TUPLE_ORIG = 1
 CTA_TUPLE_REPLY = 2
+CTA_STATUS = 3
 CTA_PROTOINFO = 4
 CTA_TIMEOUT = 7
 CTA_ID = 12
@@ -46,6 +47,8 @@ CTA_PROTO_SRC_PORT = 2
 CTA_PROTO_DST_PORT = 3
 CTA_PROTOINFO_TCP = 1
 CTA_PROTOINFO_TCP_STATE = 1
+CTA_PROTOINFO_SCTP = 3
+CTA_PROTOINFO_SCTP_STATE = 1
 CTA_FILTER_ORIG_FLAGS = 1
 CTA_FILTER_REPLY_FLAGS = 2
 
@@ -55,6 +58,14 @@ CTA_FILTER_F_CTA_PROTO_NUM = 1 << 3
 CTA_FILTER_F_CTA_PROTO_DST_PORT = 1 << 5
 
 TCP_CONNTRACK_TIME_WAIT, TCP_CONNTRACK_CLOSE = 7, 8  # linux/netfilter/nf_conntrack_tcp.h
+IPS_SEEN_REPLY = 1 << 1  # linux/netfilter/nf_conntrack_common.h
+_STATES = {
+    "TCP": ("", "SYN_SENT", "SYN_RECV", "ESTABLISHED", "FIN_WAIT", "CLOSE_WAIT", "LAST_ACK", "TIME_WAIT", "CLOSE",
+            "SYN_SENT2"),
+    "SCTP": ("", "CLOSED", "COOKIE_WAIT", "COOKIE_ECHOED", "ESTABLISHED", "SHUTDOWN_SENT", "SHUTDOWN_RECD",
+             "SHUTDOWN_ACK_SENT", "HEARTBEAT_SENT"),
+}  # fmt: skip
+"""The names of connection states, by number (enum tcp_conntrack and enum sctp_conntrack)."""
 
 MAX_FILTERED_DUMPS = 4
 """Maximum number of destinations for which separate filtered dumps are requested. If there are more destinations, a
@@ -111,6 +122,81 @@ def count_flows(family: Family) -> Counter[tuple[str, str, str]]:
     return retry_interrupted(attempt)
 
 
+class TrackedConnection(Struct, frozen=True, kw_only=True):
+    """A tracked connection: the sockets of the client's packets, and those of the replies.
+
+    `state` is the name of the TCP or SCTP state, otherwise "". `replied` is whether a reply has been seen.
+    """
+
+    source: str
+    source_port: int
+    destination: str
+    port: int
+    reply_source: str
+    reply_source_port: int
+    reply_destination: str
+    reply_port: int
+    state: str = ""
+    replied: bool = True
+
+
+def read_connections(
+    family: Family, protocol: Protocol, source: str, destination: str, port: int
+) -> list[TrackedConnection]:
+    """Return the connections of one client to one destination, given as addresses in canonical form.
+
+    Entries outside the default conntrack zone are omitted: they are second views of connections, for example by
+    Open vSwitch. Reads the table of the calling thread's network namespace. Raises `OSError`.
+    """
+    layout, number = TUPLE_LAYOUTS[family], _FLOW_PROTOCOLS[protocol]
+    # Not by address: see `UdpConntrack._dump_requests`.
+    request = dump_request(layout, port=_PORT.pack(port), protocol=number)
+
+    def read() -> list[TrackedConnection]:
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            messages = netlink.dump(nfnl_type(NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET), request)
+            entries = (_connection(layout, protocol, *message) for message in messages)
+            wanted = (source, destination, port)
+            return [each for each in entries if each and (each.source, each.destination, each.port) == wanted]
+
+    return retry_interrupted(read)
+
+
+def _connection(layout: TupleLayout, protocol: Protocol, data: bytes, begin: int, end: int) -> TrackedConnection | None:
+    """Return the connection of an entry, or None if it has another protocol or is outside the default zone."""
+    found, number = attributes(data, begin + NFGENMSG_SIZE, end), _FLOW_PROTOCOLS[protocol]
+    sockets = []
+    for direction in (CTA_TUPLE_ORIG, CTA_TUPLE_REPLY):
+        for address, kind in ((layout.source, CTA_PROTO_SRC_PORT), (layout.destination, CTA_PROTO_DST_PORT)):
+            packed = _parse_socket(data, found.get(direction), address, kind, number)
+            if packed is None:
+                return None
+            sockets.append((socket.inet_ntop(layout.address_family, packed[:-2]), int.from_bytes(packed[-2:], "big")))
+    tuples = (attributes(data, *found[direction]) for direction in (CTA_TUPLE_ORIG, CTA_TUPLE_REPLY))
+    if CTA_ZONE in found or any(CTA_TUPLE_ZONE in each for each in tuples):
+        return None
+    (source, source_port), (destination, port), reply_source, reply_destination = sockets
+    status = int.from_bytes(data[slice(*found[CTA_STATUS])], "big") if CTA_STATUS in found else 0
+    return TrackedConnection(
+        source=source,
+        source_port=source_port,
+        destination=destination,
+        port=port,
+        reply_source=reply_source[0],
+        reply_source_port=reply_source[1],
+        reply_destination=reply_destination[0],
+        reply_port=reply_destination[1],
+        state=_state(protocol, data, found.get(CTA_PROTOINFO)),
+        replied=bool(status & IPS_SEEN_REPLY),
+    )
+
+
+def _state(protocol: Protocol, data: bytes, position: tuple[int, int] | None) -> str:
+    names = _STATES.get(protocol, ("",))
+    number = (_sctp_state if protocol == "SCTP" else _tcp_state)(data, position)
+    return names[number] if number < len(names) else ""
+
+
 def _flow(layout: TupleLayout, data: bytes, begin: int, end: int) -> tuple[str, str, str] | None:
     found = attributes(data, begin + NFGENMSG_SIZE, end)
     for name, number in _FLOW_PROTOCOLS.items():
@@ -123,7 +209,15 @@ def _flow(layout: TupleLayout, data: bytes, begin: int, end: int) -> tuple[str, 
 
 
 def _tcp_state(data: bytes, position: tuple[int, int] | None) -> int:
-    for kind in (CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE):
+    return _state_number(data, position, CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE)
+
+
+def _sctp_state(data: bytes, position: tuple[int, int] | None) -> int:
+    return _state_number(data, position, CTA_PROTOINFO_SCTP, CTA_PROTOINFO_SCTP_STATE)
+
+
+def _state_number(data: bytes, position: tuple[int, int] | None, *kinds: int) -> int:
+    for kind in kinds:
         position = attributes(data, *position).get(kind) if position is not None else None
     return data[position[0]] if position is not None else 0
 

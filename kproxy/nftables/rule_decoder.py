@@ -1,6 +1,6 @@
-"""Decode the rules of the chains of a Service, as they were read from the kernel. Pure.
+"""Decode kproxy's rules, as they were read from the kernel. Pure.
 
-This is the inverse of `kproxy.nftables.expressions` for the statements that such rules contain.
+This is the inverse of `kproxy.nftables.expressions`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from typing import TypeAlias
 from kproxy.host import nf_tables_constants as nf
 from kproxy.model.types import Family
 from kproxy.nftables import ruleset as nft
+from kproxy.nftables.base_table import SETS
 from kproxy.nftables.elements import PROTOCOLS, unpack_address
 from kproxy.nftables.rule_content import RuleContent, expression_parts, nested_values, rule_content
 from kproxy.nftables.ruleset import KeyField, NftRule
 
 Attributes: TypeAlias = dict[int, bytes]
+_Decoder: TypeAlias = Callable[[Sequence[Attributes], Family], nft.Statement]
+_Decoders: TypeAlias = dict[tuple[str, ...], _Decoder]
 _SOURCE = (KeyField.SOURCE,)
 _BE32 = struct.Struct(">I")
 _HOST32 = struct.Struct("=I")
@@ -27,27 +30,38 @@ _INTERFACE_NAME_SIZE = 16  # IFNAMSIZ
 
 def decode_rule(content: RuleContent, family: Family) -> NftRule | None:
     """Return the rule that has this content, or None if no rule in a chain of a Service has it."""
+    return _decode(content, family, _DECODERS)
+
+
+def decode_any_rule(content: RuleContent, family: Family) -> NftRule | None:
+    """Return the rule that has this content, or None if it has a statement that no rule of kproxy has."""
+    return _decode(content, family, _ALL_DECODERS)
+
+
+def _decode(content: RuleContent, family: Family, decoders: _Decoders) -> NftRule | None:
     try:
         parts = [expression_parts(each) for each in content.expressions]
-        decoded = NftRule(tuple(_statements(parts, family)), content.comment)
+        decoded = NftRule(tuple(_statements(parts, family, decoders)), content.comment)
         return decoded if rule_content(decoded, family) == content else None
     except (KeyError, ValueError, struct.error):  # an attribute is missing or has an unexpected value
         return None
 
 
-def _statements(parts: Sequence[tuple[str, Attributes]], family: Family) -> Iterator[nft.Statement]:
+def _statements(
+    parts: Sequence[tuple[str, Attributes]], family: Family, decoders: _Decoders
+) -> Iterator[nft.Statement]:
     begin = 0
     while begin < len(parts):
         names = tuple(name for name, _ in parts[begin:])
-        pattern = next((each for each in _DECODERS if names[: len(each)] == each), None)
+        pattern = next((each for each in decoders if names[: len(each)] == each), None)
         if pattern is None:
             raise ValueError(names)
         end = begin + len(pattern)
-        yield _DECODERS[pattern]([values for _, values in parts[begin:end]], family)
+        yield decoders[pattern]([values for _, values in parts[begin:end]], family)
         begin = end
 
 
-# `decode_rule` encodes its result and compares it with the rule. The decoders therefore need not check the attributes
+# `_decode` encodes its result and compares it with the rule. The decoders therefore need not check the attributes
 # that are the same in all rules.
 
 
@@ -107,7 +121,7 @@ def _numgen(values: Sequence[Attributes], _: Family) -> nft.Statement:
     return nft.Numgen(_BE32.unpack(values[0][nf.NFTA_NG_MODULUS])[0])
 
 
-_DECODERS: dict[tuple[str, ...], Callable[[Sequence[Attributes], Family], nft.Statement]] = {
+_DECODERS: _Decoders = {
     ("immediate", "immediate", "nat"): _dnat,
     ("payload", "bitwise", "cmp"): _network,
     ("meta", "bitwise", "meta"): _mark,
@@ -120,6 +134,78 @@ _DECODERS: dict[tuple[str, ...], Callable[[Sequence[Attributes], Family], nft.St
     ("immediate",): _verdict,
 }
 """The decoder of each statement, by the names of the statement's expressions. Longer sequences come first."""
+
+
+# Statements of other chains
+
+
+def _any_network(values: Sequence[Attributes], family: Family) -> nft.Statement:
+    found = _network(values, family)
+    if isinstance(found, nft.MatchSaddr) and _field(values[0], family) is KeyField.DESTINATION:
+        return nft.MatchDaddr(found.network, found.negate)
+    return found
+
+
+def _any_mark(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    mask, xor = (
+        _HOST32.unpack(nested_values(values[1][kind])[nf.NFTA_DATA_VALUE])[0]
+        for kind in (nf.NFTA_BITWISE_MASK, nf.NFTA_BITWISE_XOR)
+    )
+    return nft.XorMark(xor) if mask == 0xFFFFFFFF else nft.SetMark(xor)
+
+
+def _match_mark(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    return nft.MatchMark(_HOST32.unpack(nested_values(values[1][nf.NFTA_BITWISE_MASK])[nf.NFTA_DATA_VALUE])[0])
+
+
+def _conntrack(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    return nft.CtStateNew() if _BE32.unpack(values[0][nf.NFTA_CT_KEY])[0] == nf.NFT_CT_STATE else nft.CtStatusDnat()
+
+
+def _any_lookup(values: Sequence[Attributes], family: Family) -> nft.Statement:
+    fields = tuple(_field(each, family) for each in values[:-1])
+    name = _text(values[-1][nf.NFTA_LOOKUP_SET])
+    return nft.VerdictMap(fields, name) if nf.NFTA_LOOKUP_DREG in values[-1] else nft.Lookup(fields, name)
+
+
+def _dnat_map(values: Sequence[Attributes], family: Family) -> nft.Statement:
+    *loads, numgen, lookup, _ = values
+    fields = tuple(_field(each, family) for each in loads)
+    modulus = _BE32.unpack(numgen[nf.NFTA_NG_MODULUS])[0]
+    return nft.DnatMap(fields, modulus, _text(lookup[nf.NFTA_LOOKUP_SET]))
+
+
+def _field(load: Attributes, family: Family) -> KeyField:
+    """Return the field of a key that an expression loads."""
+    if nf.NFTA_PAYLOAD_LEN not in load:  # an expression `meta`
+        return KeyField.PROTOCOL
+    if _BE32.unpack(load[nf.NFTA_PAYLOAD_BASE])[0] == nf.NFT_PAYLOAD_TRANSPORT_HEADER:
+        return KeyField.PORT
+    source_offset = 8 if family is Family.IPV6 else 12  # RFC 8200, RFC 791
+    is_source = _BE32.unpack(load[nf.NFTA_PAYLOAD_OFFSET])[0] == source_offset
+    return KeyField.SOURCE if is_source else KeyField.DESTINATION
+
+
+def _loads(key: Sequence[KeyField]) -> tuple[str, ...]:
+    """Return the names of the expressions that load the fields of a key."""
+    return tuple("meta" if field is KeyField.PROTOCOL else "payload" for field in key if field is not KeyField.NUMGEN)
+
+
+_KEYS = sorted({each.key for each in SETS}, key=len, reverse=True)
+_ALL_DECODERS: _Decoders = {
+    **{(*_loads(key), "numgen", "lookup", "nat"): _dnat_map for key in _KEYS if KeyField.NUMGEN in key},
+    **{(*_loads(key), "lookup"): _any_lookup for key in _KEYS},
+    **_DECODERS,
+    ("payload", "bitwise", "cmp"): _any_network,
+    ("payload", "cmp"): _any_network,
+    ("payload", "lookup"): _any_lookup,
+    ("meta", "bitwise", "meta"): _any_mark,
+    ("meta", "bitwise", "cmp"): _match_mark,
+    ("ct", "bitwise", "cmp"): _conntrack,
+    ("masq",): lambda *_: nft.Masquerade(),
+    ("reject",): lambda *_: nft.Reject(),
+}
+"""The decoders of all statements of kproxy's rules."""
 
 
 def _compared(values: Attributes) -> tuple[bytes, bool]:

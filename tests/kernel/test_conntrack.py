@@ -35,6 +35,7 @@ from kproxy.host.ctnetlink import (
     FlowSockets,
     UdpConntrack,
     dump_request,
+    read_connections,
 )
 from kproxy.host.interfaces import RTM_GETADDR, own_addresses
 from kproxy.host.netlink import (
@@ -49,7 +50,7 @@ from kproxy.host.netlink import (
 from kproxy.host.netlink_message import NLM_F_CREATE, NLM_F_EXCL, attribute, attributes, nested, nfgenmsg, nfnl_type
 from kproxy.host.sysctl import ROUTE_LOCALNET, ensure_route_localnet, read_parameters, write_parameters
 from kproxy.model.addresses import family_of, socket_text, split_socket_text
-from kproxy.model.types import Family
+from kproxy.model.types import Family, Protocol
 from tests.lab.namespace import Namespace
 
 NEW, GET, DELETE = (
@@ -308,6 +309,38 @@ def test_entry_that_replaced_a_stale_one_is_kept(
 
     assert clean(namespace, sockets.family, [sockets.dns], replace_entry) == 0
     assert set(entries(namespace, sockets.family)) == {(other.destination, other.source)}
+
+
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_connections_of_one_client_are_read(namespace: Namespace, sockets: FamilySockets, protocol: Protocol) -> None:
+    numbers = {"TCP": socket.IPPROTO_TCP, "UDP": socket.IPPROTO_UDP}
+    client, frontend, endpoint = sockets.client, sockets.dns, sockets.old
+    wanted = Flow(client, frontend, endpoint, numbers[protocol])
+    insert(namespace, *(wanted._replace(protocol=number) for number in numbers.values()))
+    insert(namespace, wanted._replace(destination=sockets.others[0], source=sockets.new))
+    insert(namespace, wanted._replace(client=sockets.foreign))
+    insert(namespace, wanted._replace(zone=7), wanted._replace(original_zone=8, source=sockets.own))
+    (source, source_port), (destination, port) = split_socket_text(client), split_socket_text(frontend)
+    (found,) = namespace.call(lambda: read_connections(wanted.family, protocol, source, destination, port))
+    assert (found.source, found.source_port, found.destination, found.port) == (source, source_port, destination, port)
+    assert (found.reply_source, found.reply_source_port) == split_socket_text(endpoint)
+    assert (found.reply_destination, found.reply_port) == (source, source_port)
+    assert (found.state, found.replied) == ("", False)
+
+
+def test_state_of_a_connection_is_read(namespace: Namespace) -> None:
+    namespace.run(["ip", "link", "set", "lo", "up"])
+    # Connection tracking is active as soon as a rule needs it.
+    rules = "add table ip t; add chain ip t c { type filter hook output priority 0; }; add rule ip t c ct state new"
+    namespace.run(["nft", rules])
+    with namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as client:
+            client.connect(("127.0.0.1", port))
+            (found,) = namespace.call(lambda: read_connections(Family.IPV4, "TCP", "127.0.0.1", "127.0.0.1", port))
+    assert (found.state, found.replied) == ("ESTABLISHED", True)
 
 
 def test_kernel_filters_dumps(namespace: Namespace, sockets: FamilySockets) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kproxy.diagnose.trace.ask import TracedPacket, trace_kernel, with_live_packet
+from kproxy.diagnose.trace.ask import KernelTrace, TracedPacket, trace_kernel
 from kproxy.diagnose.trace.trace import PacketTrace
 from tests.lab.client import Answered, Outcome, Refused, TimedOut, open_connection, send_request
 from tests.lab.modes import BOTH_MODES, mode_flag
@@ -196,6 +196,7 @@ def test_real_packet_takes_the_predicted_way(web: WebService, mode: str, firewal
     found = trace(node, f"--from={web.node.address()}", f"--to={CLUSTER_IPS[4]}:80", "--live")
     assert found["live"]["agrees"], found["live"]
     assert found["live"]["verdict"] == "accepted"
+    assert found["live"]["endpoint"] in {to(pod.address(), 8080) for pod in pods}
     assert len(found["live"]["rules"]) > 3
     with ThreadPoolExecutor(1) as pool:
         tracing = pool.submit(trace, node, f"--from={web.outsider.address()}", f"--to={CLUSTER_IPS[4]}:80", "--live")
@@ -212,9 +213,9 @@ def test_packet_that_does_not_go_as_predicted_makes_the_answer_unknown(web: WebS
     node = web.node.namespace
     web.apply([web.service("web", *CLUSTER_IPS.values()), *web.slices("web", pods)])
     packet = TracedPacket(source=web.node.address(), destination=CLUSTER_IPS[4], port=80, protocol="TCP")
-    predicted_way = ask(node, packet.source, packet.destination, 80)
+    kernel = node.call(lambda: KernelTrace(packet, None))
     node.run(["nft", "-f", "-"], NFT_FIREWALL.replace("ct status dnat meta", "ct status dnat drop\n\t\tmeta"))
-    found = node.call(lambda: with_live_packet(predicted_way, packet))
+    found = node.call(kernel.watch)
     assert found.live is not None
     assert (found.live.agrees, found.live.verdict, found.answer) == (False, "dropped", "unknown")
 

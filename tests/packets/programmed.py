@@ -25,25 +25,35 @@ from tests.recordings import GOLDEN, replaces, store
 
 def programmed_iptables(scenario: str) -> dict[Family, IptablesSimulator]:
     """Return the rules for the recorded objects and configuration in iptables mode."""
-    config, rules = _config(scenario), {}
-    for family in Family:
-        kernel = FakeKernel()
-        FamilySync(IptablesPrinter(kernel.restore), partial(_context, config, family)).sync(store(scenario))
-        rules[family] = IptablesSimulator("".join(kernel.dump()), family)
-    return rules
+    return {family: IptablesSimulator(text, family) for family, text in iptables_text(scenario).items()}
 
 
 def programmed_nftables(scenario: str) -> dict[Family, NftablesSimulator]:
     """Return the rules for the recorded objects, configuration and ServiceCIDR in nftables mode."""
+    return {family: NftablesSimulator(text, family) for family, text in nftables_text(scenario).items()}
+
+
+def iptables_text(scenario: str) -> dict[Family, str]:
+    """Return the rules in iptables mode as iptables-save prints them."""
+    config, texts = _config(scenario), {}
+    for family in Family:
+        kernel = FakeKernel()
+        FamilySync(IptablesPrinter(kernel.restore), partial(_context, config, family)).sync(store(scenario))
+        texts[family] = "".join(kernel.dump())
+    return texts
+
+
+def nftables_text(scenario: str) -> dict[Family, str]:
+    """Return the commands for `nft -f` that create the table of nftables mode."""
     objects = Store("node-1", (*BASIC_KINDS, ServiceCIDR))
     for delta in (*replaces(scenario), Replace(ServiceCIDR, (ServiceCIDR("kubernetes", SERVICE_CIDRS),))):
         objects.apply(delta)
-    config, rules = replace(_config(scenario), mode="nftables"), {}
+    config, texts = replace(_config(scenario), mode="nftables"), {}
     for family in Family:
         pages: list[str] = []
         FamilySync(NftablesPrinter(family, pages.append), partial(_context, config, family)).sync(objects)
-        rules[family] = NftablesSimulator("".join(pages), family)
-    return rules
+        texts[family] = "".join(pages)
+    return texts
 
 
 def _config(scenario: str) -> Config:

@@ -80,7 +80,6 @@ PURE = (
     *(f"diagnose.difference{name}" for name in ("", "_iptables", "_nftables", "_objects", "_configuration")),
     *(f"diagnose.trace.{name}" for name in ("flow", "program", "iptables_save", "nft_text", "nft_values", "nft_rules")),
     *(f"diagnose.trace.{name}" for name in ("nft_syntax", "result", "walk", "dumps", "cluster_objects", "trace")),
-    "diagnose.trace.connections",
     *(
         "config.types",
         "config.conntrack_sysctls",

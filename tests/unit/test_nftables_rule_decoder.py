@@ -1,4 +1,4 @@
-"""The rules of the chains of Services are decoded exactly; other rules are not decoded."""
+"""kproxy's rules are decoded exactly; rules of other programs are not decoded."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kproxy.host.netlink_message import attribute, nested
 from kproxy.model.types import Family
 from kproxy.nftables import ruleset as nft
-from kproxy.nftables.rule_content import RuleContent, rule_content
-from kproxy.nftables.rule_decoder import decode_rule
-from kproxy.nftables.ruleset import KeyField
+from kproxy.nftables.base_table import SETS
+from kproxy.nftables.rule_content import RuleContent, canonical_expressions, rule_content
+from kproxy.nftables.rule_decoder import decode_any_rule, decode_rule
+from kproxy.nftables.ruleset import KeyField, MapValue
 
 FAMILIES = pytest.mark.parametrize("family", Family)
 ADDRESSES = {
@@ -57,26 +59,45 @@ def test_any_sequence_is_decoded(family: Family, data: st.DataObject) -> None:
     assert decode_rule(rule_content(rule, family), family) == rule
 
 
-@FAMILIES
-@pytest.mark.parametrize(
-    "statement",
-    [
+def other_statements(family: Family) -> list[nft.Statement]:
+    """Return one statement of each form that only other chains have."""
+    return [
         nft.Reject(),
         nft.CtStateNew(),
-        nft.MatchMark(1),
-        nft.XorMark(1),
+        nft.CtStatusDnat(),
+        nft.MatchMark(0x4000),
+        nft.XorMark(0x4000),
         nft.Masquerade(),
-        nft.Lookup((KeyField.SOURCE, KeyField.DESTINATION), "set"),
-        nft.VerdictMap((KeyField.SOURCE,), "map"),
-        nft.DnatMap((KeyField.DESTINATION,), 3, "map"),
-        nft.MatchDaddr("::/0"),
-    ],
-    ids=lambda each: type(each).__name__,
-)
-def test_rules_that_no_chain_of_a_service_has_are_not_decoded(statement: nft.Statement, family: Family) -> None:
-    if isinstance(statement, nft.MatchDaddr):
-        statement = nft.MatchDaddr(ADDRESSES[family][1])
-    assert decode_rule(rule_content(nft.rule(statement), family), family) is None
+        nft.Lookup((KeyField.DESTINATION,), "set"),
+        *(nft.Lookup(each.key, each.name) for each in SETS if each.value is MapValue.NONE),
+        *(nft.VerdictMap(each.key, each.name) for each in SETS if each.value is MapValue.VERDICT),
+        *(nft.DnatMap(each.key[:-1], 3, each.name) for each in SETS if each.value is MapValue.ENDPOINT),
+        nft.MatchDaddr(ADDRESSES[family][1]),
+        nft.MatchDaddr("::1/128" if family is Family.IPV6 else "127.0.0.0/8", negate=True),
+    ]
+
+
+@FAMILIES
+def test_statements_that_no_chain_of_a_service_has_are_decoded_only_on_request(family: Family) -> None:
+    for each in other_statements(family):
+        rule = nft.rule(each)
+        assert decode_rule(rule_content(rule, family), family) is None
+        assert decode_any_rule(rule_content(rule, family), family) == rule
+
+
+@given(st.sampled_from(Family), st.data())
+def test_any_sequence_of_all_statements_is_decoded(family: Family, data: st.DataObject) -> None:
+    every = [*statements(family), *other_statements(family)]
+    rule = nft.rule(*data.draw(st.lists(st.sampled_from(every), max_size=6)))
+    assert decode_any_rule(rule_content(rule, family), family) == rule
+
+
+@FAMILIES
+def test_statements_of_other_programs_are_not_decoded(family: Family) -> None:
+    foreign = nft.Lookup((KeyField.SOURCE, KeyField.PORT), "set")
+    assert decode_any_rule(rule_content(nft.rule(foreign), family), family) is None
+    limit = RuleContent(canonical_expressions(nested(1, attribute(1, b"limit\0"), nested(2))))
+    assert decode_any_rule(limit, family) is None
 
 
 @given(st.sampled_from(Family), st.data())

@@ -40,7 +40,6 @@ COMMANDS = re.compile(
 )
 NAMES = {
     "flush ruleset": "part of a command",
-    "inet kproxy-trace": "an nftables table",
     "ip6 kube-proxy": "an nftables table",
     "masquerade traffic for shop/web:http external destinations": "the comment of a rule",
 }

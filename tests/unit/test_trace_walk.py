@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import struct
+from socket import AF_INET, AF_INET6, inet_pton
+from typing import Any
+
 import pytest
 
-from kproxy.diagnose.trace.ask import TracedPacket, trace_dumps
-from kproxy.diagnose.trace.connections import ConnectionEntry, read_connections
+from kproxy.diagnose.trace.ask import TracedPacket, compare_live, trace_dumps
 from kproxy.diagnose.trace.dumps import Dumps
 from kproxy.diagnose.trace.flow import Bits, Interface
-from kproxy.diagnose.trace.live import LiveEvent, first_packet
+from kproxy.diagnose.trace.live import WatchedPacket, first_packet
 from kproxy.diagnose.trace.trace import PacketTrace
+from kproxy.host import nf_tables_constants as nf
+from kproxy.host.ctnetlink import TrackedConnection
+from kproxy.host.netlink_message import HEADER, MalformedMessageError, attribute, nested, nfgenmsg, nfnl_type
+from kproxy.host.nf_tables_trace import TABLE, TraceEvent, parse_events
 from kproxy.model.types import Protocol
 
 NODE = "10.0.0.1"
@@ -291,35 +298,103 @@ def test_bits_and_interfaces_that_are_partly_known() -> None:
     assert [interface.matches(name) for name in names] == [True, True, False, None, False, False]
 
 
-def test_connections() -> None:
-    lines = [
-        "ipv4     2 tcp      6 86399 ESTABLISHED src=10.1.0.5 dst=10.96.0.80 sport=4711 dport=80 "
-        "src=10.2.0.9 dst=10.0.0.1 sport=8080 dport=61234 [ASSURED] mark=0 zone=0 use=2",
-        "udp      17 29 src=10.1.0.5 dst=10.96.0.10 sport=4712 dport=53 [UNREPLIED] "
-        "src=10.2.0.3 dst=10.1.0.5 sport=5353 dport=4712 mark=0 use=1",
-        "unknown  2 src=10.1.0.5 dst=10.96.0.80",
-    ]
-    assert read_connections(lines, "TCP", "10.1.0.5", "10.96.0.80", 80) == [
-        ConnectionEntry("10.1.0.5", 4711, "10.96.0.80", 80, "10.2.0.9", 8080, "10.0.0.1", "ESTABLISHED")
-    ]
-    (udp,) = read_connections(lines, "UDP", "10.1.0.5", "10.96.0.10", 53)
-    assert (udp.reply_source, udp.reply_source_port, udp.replied) == ("10.2.0.3", 5353, False)
-    assert read_connections(lines, "TCP", "10.1.0.5", "10.96.0.80", 81) == []
+def event(packet: int, table: str, chain: str, **more: Any) -> TraceEvent:
+    return TraceEvent(packet=packet, family="ip", table=table, chain=chain, **{"kind": "rule", "handle": 1, **more})
+
+
+def header(destination: str, port: int) -> dict[str, bytes]:
+    """Return the headers of a packet with this destination, as an event has them."""
+    return {
+        "network": b"\x45" + bytes(15) + inet_pton(AF_INET, destination),
+        "transport": struct.pack(">HH", 999, port),
+    }
 
 
 def test_events_of_the_first_packet() -> None:
-    text = """\
-trace id 9f ip nat OUTPUT rule counter packets 1 bytes 60 jump KUBE-SERVICES (verdict jump KUBE-SERVICES)
-trace id 1a inet kproxy-trace output packet: oif "lo" ip saddr 10.0.0.1
-trace id 1a inet kproxy-trace output rule ip daddr 10.2.0.7 meta nftrace set 1 (verdict continue)
-trace id 1a inet kproxy-trace output policy accept
-trace id 1a ip nat OUTPUT rule counter packets 1 bytes 60 jump KUBE-SERVICES (verdict jump KUBE-SERVICES)
-trace id 2b ip nat OUTPUT rule counter packets 2 bytes 120 jump KUBE-SERVICES (verdict jump KUBE-SERVICES)
-trace id 1a ip filter OUTPUT verdict continue
-trace id 1a ip filter OUTPUT policy drop
-"""
-    assert first_packet(text) == [
-        LiveEvent("ip", "nat", "OUTPUT", "rule", "counter packets 1 bytes 60 jump KUBE-SERVICES", "jump"),
-        LiveEvent("ip", "filter", "OUTPUT", "policy", "drop", "drop"),
+    other = event(9, "nat", "OUTPUT", **header("10.2.0.7", 80))
+    marked = event(1, TABLE, "output", **header("10.2.0.7", 80))
+    dnat, dropped = event(1, "nat", "OUTPUT"), event(1, "filter", "OUTPUT", kind="policy", drops=True)
+    later = event(1, "mangle", "POSTROUTING")
+    assert first_packet([other, marked, other, dnat, other, dropped, later]) == [marked, dnat, dropped]
+    assert first_packet([other]) == []
+    # The next packet can have the same number.
+    assert first_packet([marked, dnat, marked, dropped]) == [marked, dnat]
+
+
+def test_packet_that_returns_through_the_loopback_interface_has_another_number() -> None:
+    marked = event(1, TABLE, "output", **header("10.0.0.1", 30080))
+    translated = event(1, "filter", "OUTPUT", **header("10.0.0.1", 8080))
+    returned = event(2, "mangle", "PREROUTING", from_loopback=True, **header("10.0.0.1", 8080))
+    delivered = event(2, "filter", "INPUT")
+    foreign = event(3, "mangle", "PREROUTING", from_loopback=True, **header("10.0.0.1", 30080))
+    assert first_packet([marked, translated, foreign, returned, delivered]) == [
+        marked,
+        translated,
+        returned,
+        delivered,
     ]
-    assert first_packet("") == []
+
+
+@pytest.mark.parametrize(("rule", "handle", "kind"), [(True, 7, "rule"), (True, 0, "return"), (False, 0, "policy")])
+def test_trace_events_are_decoded(rule: bool, handle: int, kind: str) -> None:
+    verdict = nested(nf.NFTA_TRACE_VERDICT, attribute(nf.NFTA_VERDICT_CODE, bytes(4)))
+    parts = [
+        attribute(nf.NFTA_TRACE_ID, struct.pack(">I", 5)),
+        attribute(nf.NFTA_TRACE_TABLE, b"filter\0"),
+        attribute(nf.NFTA_TRACE_CHAIN, b"INPUT\0"),
+        attribute(nf.NFTA_TRACE_TYPE, struct.pack(">I", nf.NFT_TRACETYPE_RULE if rule else nf.NFT_TRACETYPE_POLICY)),
+        verdict if rule else attribute(nf.NFTA_TRACE_POLICY, bytes(4)),
+        attribute(nf.NFTA_TRACE_RULE_HANDLE, struct.pack(">Q", handle)) if handle else b"",
+        attribute(nf.NFTA_TRACE_IIFTYPE, struct.pack(">H", 772)),
+        attribute(nf.NFTA_TRACE_NETWORK_HEADER, b"\x60" + bytes(23) + inet_pton(AF_INET6, "fd00::1") + bytes(24)),
+        attribute(nf.NFTA_TRACE_TRANSPORT_HEADER, struct.pack(">HH", 999, 443)),
+    ]
+    payload = nfgenmsg(AF_INET6) + b"".join(parts)
+    kinds = (nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_TRACE), nfnl_type(nf.NFNL_SUBSYS_NFTABLES, 0))
+    data = b"".join(HEADER.pack(HEADER.size + len(payload), each, 0, 0, 0) + payload for each in kinds)
+    (found,) = parse_events(data)
+    assert (found.packet, found.family, found.table, found.chain) == (5, "ip6", "filter", "INPUT")
+    assert (found.kind, found.handle, found.drops, found.from_loopback) == (kind, handle, kind != "return", True)
+    assert found.destination == ("fd00::1", 443)
+    with pytest.raises(MalformedMessageError):
+        list(parse_events(data[:-1]))
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_rule_that_changes_nothing_is_a_step_too(mode: str) -> None:
+    rule = "meta mark set meta mark | 0x4000" if mode == "nftables" else "-j MARK --set-xmark 0x4000/0x4000"
+    hook = nft(f"forward: {FORWARD} // {rule} // {rule}")
+    dump = hook if mode == "nftables" else iptables(f"FORWARD {rule}", f"FORWARD {rule}")
+    found = ask(dump)
+    assert [step.effect for step in found.paths[0].steps] == ["mark", "matched"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "reply_destination", "agrees"),
+    [
+        ("10.1.0.9", "10.1.0.5", True),
+        ("10.1.0.8", "10.1.0.5", False),  # another endpoint
+        ("10.1.0.9", NODE, False),  # masqueraded
+    ],
+)
+def test_real_packet_must_end_as_predicted_too(endpoint: str, reply_destination: str, agrees: bool) -> None:
+    hook = "type nat hook prerouting priority dstnat; policy accept;"
+    report = ask(nft(f"prerouting: {hook} // tcp dport 80 dnat to 10.1.0.9:8080"))
+    rules = [step.rule for step in report.paths[0].steps if step.rule]
+    connection = TrackedConnection(
+        source="10.1.0.5",
+        source_port=999,
+        destination="10.2.0.7",
+        port=80,
+        reply_source=endpoint,
+        reply_source_port=8080,
+        reply_destination=reply_destination,
+        reply_port=999,
+    )
+    watched = WatchedPacket(events=(event(1, "t", "prerouting"),), connection=connection)
+    live = compare_live(report, watched, rules)
+    assert (live.agrees, live.verdict, live.endpoint) == (agrees, "accepted", f"{endpoint}:8080")
+    assert compare_live(report, watched, []).agrees is False
+    # The endpoint has refused the connection: only the headers of the packet are left.
+    refused = WatchedPacket(events=(event(1, "t", "forward", **header(endpoint, 8080)),))
+    assert compare_live(report, refused, rules).agrees is (endpoint == "10.1.0.9")

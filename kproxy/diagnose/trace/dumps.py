@@ -42,16 +42,17 @@ class Dumps:
     def add(self, text: str, name: str, family: Family | None = None) -> None:
         """Add a dump: the output of `iptables-save`, `ip6tables-save`, `nft list ruleset` or `nft -j list ruleset`.
 
-        `family` is the IP family of a dump of iptables-save if it is known. Raises `DumpError`.
+        `family` is the IP family of a dump of iptables-save if it is known. Of a dump of nft, the tables of the other
+        family are then ignored. Raises `DumpError`.
         """
         stripped = text.lstrip("\ufeff \t\r\n")
         if stripped.startswith("{"):
-            self._add_json(stripped, name)
+            self._add_json(stripped, name, family)
         elif is_iptables_save(text):
             self._add_iptables(text, name, family)
         elif is_nft_text(text):
             try:
-                self._add_nft(read_nft_text(text), name)
+                self._add_nft(read_nft_text(text), name, family)
             except _DAMAGED as error:
                 raise DumpError(f"{name}: not the complete output of `nft list ruleset`: {error}") from None
         elif stripped:
@@ -60,15 +61,18 @@ class Dumps:
                 f"{stripped.splitlines()[0][:60]!r}"
             )
 
-    def _add_json(self, text: str, name: str) -> None:
+    def _add_json(self, text: str, name: str, family: Family | None) -> None:
         try:
             objects = msgspec.json.decode(text)["nftables"]
-            self._add_nft([entry for entry in objects if isinstance(entry, dict)], name)
+            self._add_nft([entry for entry in objects if isinstance(entry, dict)], name, family)
         except (msgspec.DecodeError, *_DAMAGED) as error:
             raise DumpError(f"{name}: not the output of `nft -j list ruleset`: {error}") from None
 
-    def _add_nft(self, objects: list[Json], name: str) -> None:
+    def _add_nft(self, objects: list[Json], name: str, family: Family | None) -> None:
         """Add the objects of a dump, except for tables that an earlier dump has shown."""
+        if family is not None:
+            other = "ip" if family is Family.IPV6 else "ip6"
+            objects = [entry for entry in objects if _place(entry)[0] != other]
         tables = {(entry["table"]["family"], entry["table"]["name"]) for entry in objects if "table" in entry}
         repeated = tables & self._nft_tables
         self._nft.extend(entry for entry in objects if _place(entry) not in repeated)
@@ -87,6 +91,12 @@ class Dumps:
             if "(nf_tables)" in part:
                 self._nft_variants.add(found)
             self._iptables.add(read_iptables_save(part, found))
+
+    def has_saved(self, family: str, table: str) -> bool:
+        """Return whether a dump of iptables-nft has a table, named as in nftables. `family` is nft's name of it."""
+        if (Family.IPV6 if family == "ip6" else Family.IPV4) not in self._nft_variants:
+            return False
+        return any(key[:2] == (_OWNERS.get(family), table) for key in self._iptables.chains)
 
     def program(self) -> Program:
         """Return the program of all dumps. Raises `DumpError` if one of them is damaged.
@@ -113,12 +123,7 @@ class Dumps:
             chain = entry.get("chain")
             if chain and chain["name"] in _BUILT_IN and "hook" in chain and chain["table"] in IPTABLES_TABLES:
                 built_in.add((chain["family"], chain["table"]))
-        hidden = {
-            (family, table)
-            for family, table in built_in
-            if (Family.IPV6 if family == "ip6" else Family.IPV4) in self._nft_variants
-            and any(key[:2] == (_OWNERS.get(family), table) for key in self._iptables.chains)
-        }
+        hidden = {place for place in built_in if self.has_saved(*place)}
         for entry in self._nft:
             if _place(entry) not in hidden:
                 yield entry

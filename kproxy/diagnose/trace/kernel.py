@@ -1,7 +1,8 @@
-"""Read what a trace needs from this node's kernel: rules, addresses, routes, connections."""
+"""Read what a trace needs from this node's kernel: rules, addresses, routes."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -9,17 +10,21 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from kproxy.diagnose.trace.connections import ConnectionEntry, read_connections
 from kproxy.diagnose.trace.dumps import DumpError, Dumps
+from kproxy.diagnose.trace.netlink_tables import read_tables
+from kproxy.host import nf_tables_constants as nf
 from kproxy.host.commands import CommandError, run
 from kproxy.host.interfaces import own_addresses
-from kproxy.host.netlink import NetlinkError, NetlinkSocket
-from kproxy.host.netlink_message import attribute, attributes
+from kproxy.host.netlink import NETLINK_NETFILTER, NetlinkError, NetlinkSocket, retry_interrupted
+from kproxy.host.netlink_message import NFGENMSG_SIZE, attribute, attributes, nfgenmsg, nfnl_type
 from kproxy.host.process import has_net_admin
 from kproxy.iptables.variant import FOLDER_VARIABLE, LEGACY_TABLE_FILES
-from kproxy.model.types import Family, Protocol
+from kproxy.model.types import Family
+from kproxy.nftables.expressions import string_attribute
 
 TIMEOUT_SECONDS = 60
+MAX_NAMED = 3
+"""Maximum number of tables that a message names."""
 # linux/rtnetlink.h and linux/fib_rules.h
 _RTM_GETROUTE = 26
 _RTM_GETRULE = 34
@@ -32,7 +37,6 @@ _USUAL_RULES = {Family.IPV4: 3, Family.IPV6: 2}
 _ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 _PROGRAMS = {Family.IPV4: "iptables", Family.IPV6: "ip6tables"}
 _RECENT = Path("/proc/thread-self/net/xt_recent")
-_CONNECTIONS = Path("/proc/thread-self/net/nf_conntrack")
 
 
 class KernelError(Exception):
@@ -51,12 +55,32 @@ def read_rules(family: Family) -> Dumps:
     try:
         for argv in _saving(name):
             dumps.add(_output(argv), argv[0], family)
-        if shutil.which("nft") is None:
-            raise KernelError("nft not found: it is in the package nftables, and shows the tables of nftables")
-        dumps.add(_output(["nft", "-j", "list", "ruleset"]), "nft")
+        if shutil.which("nft") is not None:
+            dumps.add(_output(["nft", "-j", "list", "ruleset"]), "nft", family)
+        else:
+            dumps.add(_tables_without_nft(family, dumps), "nf_tables", family)
     except DumpError as error:
         raise KernelError(str(error)) from None
     return dumps
+
+
+def _tables_without_nft(family: Family, saved: Dumps) -> str:
+    """Return the nftables that iptables-save has not saved. Raises `KernelError` if only nft can read one of them."""
+    try:
+        found = read_tables(family, saved.has_saved)
+    except OSError as error:
+        if error.errno in {errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.EINVAL}:
+            return ""  # a kernel without nf_tables
+        raise KernelError(f"cannot read the nftables of this node: {error.strerror or error}") from None
+    if not found.unreadable:
+        return found.text
+    names = [f"{owner} {table}" for owner, table in found.unreadable]
+    if len(names) > MAX_NAMED:
+        names[MAX_NAMED:] = [f"{len(names) - MAX_NAMED} more"]
+    raise KernelError(
+        f"nft not found, which is needed to read tables of this node ({', '.join(names)}); install package nftables, "
+        "or pass --dump=FILE with the output of `nft -j list ruleset`"
+    )
 
 
 def _saving(name: str) -> Iterator[list[str]]:
@@ -173,17 +197,20 @@ def read_recent_lists() -> dict[str, frozenset[str]]:
     return found
 
 
-def read_entries(protocol: Protocol, source: str, destination: str, port: int) -> list[ConnectionEntry] | None:
-    """Return the connections between a client and a destination, or None if they cannot be read."""
+def rule_handles(family: Family, table: str, chain: str) -> list[int]:
+    """Return the handles of the rules in a chain of iptables-nft, in order. Raises `KernelError`."""
+    names = string_attribute(nf.NFTA_RULE_TABLE, table) + string_attribute(nf.NFTA_RULE_CHAIN, chain)
+    request = nfgenmsg(_ADDRESS_FAMILIES[family]) + names
+    kind = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETRULE)
+
+    def read() -> list[int]:
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            found = (
+                (data, attributes(data, begin + NFGENMSG_SIZE, end)) for data, begin, end in netlink.dump(kind, request)
+            )
+            return [int.from_bytes(data[slice(*spans[nf.NFTA_RULE_HANDLE])], "big") for data, spans in found]
+
     try:
-        with _CONNECTIONS.open() as lines:
-            return read_connections(lines, protocol, source, destination, port)
-    except OSError:
-        pass
-    family = "ipv6" if ":" in destination else "ipv4"
-    argv = ["conntrack", "-L", "-f", family, "-p", protocol.lower(), "-s", source, "-d", destination]
-    try:
-        done = run(argv, timeout=TIMEOUT_SECONDS)
-    except CommandError:
-        return None
-    return read_connections(done.stdout.splitlines(), protocol, source, destination, port) if not done.code else None
+        return retry_interrupted(read)
+    except OSError as error:
+        raise KernelError(f"cannot read chain {chain} of table {table}: {error}") from None

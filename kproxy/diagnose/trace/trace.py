@@ -108,11 +108,15 @@ class TraceConnection(ReportPart, frozen=True, kw_only=True):
 class TraceLive(ReportPart, frozen=True, kw_only=True):
     """A real packet that the kernel has traced: whether one came, its verdict, and whether it went as predicted.
 
-    `rules` are the rules that it has matched, in order. `agrees` is null if no packet came.
+    `rules` are the rules that it has matched, in order. `agrees` is null if no packet came. `endpoint` is its
+    destination after DNAT, "" if it was dropped. `masqueraded` comes from conntrack; it is null if conntrack does not
+    tell. A packet that a rule rejects counts as dropped.
     """
 
     seen: bool
     verdict: Literal["accepted", "dropped"] | None = None
+    endpoint: str = ""
+    masqueraded: bool | None = None
     agrees: bool | None = None
     rules: tuple[TracedRule, ...] = ()
 
@@ -434,8 +438,11 @@ def _sorted(items: Iterable[tuple[Outcome, float]]) -> list[tuple[Outcome, float
 
 
 def _rule(source: RuleSource | None) -> TracedRule | None:
-    if source is None:
-        return None
+    return None if source is None else traced_rule(source)
+
+
+def traced_rule(source: RuleSource) -> TracedRule:
+    """Return a rule as it is reported."""
     return TracedRule(
         family=source.family,
         table=source.table,

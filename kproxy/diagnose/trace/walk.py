@@ -450,6 +450,8 @@ class _Walker:
         if way.decision is None:
             if then[2] < len(rule.statements):
                 return Edge(replace(moved, frames=(*outer, then)), steps, way.probability, "the rule matches")
+            if not steps:  # for example, it sets a mark that is set already
+                steps = (Step(position.phase, "matched", rule.source),)
             return Edge(replace(moved, frames=after), steps, way.probability, "the rule matches")
         target, more = self._decided(moved, way.decision, rule.source, after, way.note)
         label = _decision_text(way.decision)
