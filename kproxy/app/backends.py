@@ -12,9 +12,8 @@ from pathlib import Path
 
 from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context
 from kproxy.app.foreign_chains import WatchfulBackend
-from kproxy.app.node_port_addresses import node_port_warning
+from kproxy.app.node_port_addresses import depends_on_interfaces, node_port_warning
 from kproxy.config import Config, node_name
-from kproxy.config.types import PRIMARY
 from kproxy.host.blocking_chains import blocking_chains
 from kproxy.host.commands import CommandError, InconclusiveError
 from kproxy.host.interfaces import local_addresses, own_addresses
@@ -62,11 +61,6 @@ def check_privileges() -> None:
 def local_node_name(config: Config) -> str:
     """Return this node's name: `hostnameOverride`, or else the host name."""
     return node_name(config, socket.gethostname())
-
-
-def watches_addresses(config: Config) -> bool:
-    """Return whether the rules depend on the addresses of the node's interfaces."""
-    return config.effective_node_port_addresses not in {(), (PRIMARY,)}
 
 
 def watched_kinds(config: Config) -> tuple[Kind, ...]:
@@ -231,7 +225,7 @@ class ContextFactory:
         """
         config = self._config
         try:
-            addresses = local_addresses() if watches_addresses(config) else ()
+            addresses = local_addresses() if depends_on_interfaces(config) else ()
         except OSError as error:
             raise SyncError(f"cannot read the addresses of this machine: {error.strerror or error}") from error
         context = make_context(

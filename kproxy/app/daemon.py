@@ -25,12 +25,12 @@ from kproxy.app.backends import (
     local_node_name,
     make_families,
     watched_kinds,
-    watches_addresses,
 )
 from kproxy.app.control import DaemonControl, DaemonLog, ObjectOrigin
 from kproxy.app.family_contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
+from kproxy.app.node_port_addresses import depends_on_interfaces
 from kproxy.config import Config, as_document
 from kproxy.host.ctnetlink import UdpConntrack
 from kproxy.host.interfaces import AddressMonitor, own_addresses
@@ -343,7 +343,7 @@ class Daemon:
         return self._source.status() if self._source is not None else {}
 
     def _monitors(self) -> Iterator[Component]:
-        if watches_addresses(self._config):
+        if depends_on_interfaces(self._config):
             yield AddressMonitor(lambda: self._messages.put(Resync()))
         if self._file is not None:
             from kproxy.config.reload import ConfigWatcher  # noqa: PLC0415 - as above

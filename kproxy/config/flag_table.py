@@ -87,10 +87,11 @@ PROXYING = (
     Flag(
         "nodeport-addresses",
         ("nodePortAddresses",),
-        'CIDRs of the node addresses that accept NodePort connections, or "primary" for the primary addresses of the '
-        "Node (default: all addresses in iptables mode, primary in nftables mode)",
+        "node addresses that accept NodePort connections: CIDRs, primary (the primary addresses of the Node), "
+        "localhost (127.0.0.0/8 and ::1) and all, in any combination (default: all in iptables mode, "
+        "primary in nftables mode)",
         "list",
-        metavar="CIDR,...",
+        metavar="CIDR|KEYWORD,...",
     ),
     Flag(
         "iptables-localhost-nodeports",

@@ -16,10 +16,13 @@ from msgspec import Meta, Struct, field
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 KIND = "KubeProxyConfiguration"
 PRIMARY = "primary"
-"""The entry of `nodePortAddresses` that means the Node's primary address of each IP family.
-
-It must be the only entry. All other entries are CIDRs.
-"""
+"""The keyword of `nodePortAddresses` for the Node's primary address of each IP family."""
+NODE_PORT_KEYWORDS: Mapping[str, tuple[str, ...]] = {
+    PRIMARY: (),
+    "localhost": ("127.0.0.0/8", "::1/128"),
+    "all": ("0.0.0.0/0", "::/0"),
+}
+"""The keywords of `nodePortAddresses`, each with the CIDRs that it stands for. All other entries are CIDRs."""
 _MAX_INT32 = 2**31 - 1
 
 
@@ -253,7 +256,7 @@ class Config(Section, frozen=True, kw_only=True):
 
     @property
     def effective_node_port_addresses(self) -> tuple[str, ...]:
-        """The addresses that accept NodePort traffic: CIDRs, or only `primary`. () means all local addresses.
+        """The addresses that accept NodePort traffic: CIDRs and keywords. () means all local addresses.
 
         The default is () in iptables mode and `primary` in nftables mode. Raises `ValueError` if no mode has been
         chosen yet.

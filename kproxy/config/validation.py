@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from kproxy.config.decode import ConfigError, Locate, format_duration, must_be
-from kproxy.config.types import IPVS, PRIMARY, Config, LogOptions, Mode, Winkernel
+from kproxy.config.types import IPVS, NODE_PORT_KEYWORDS, Config, LogOptions, Mode, Winkernel
 from kproxy.documents.document import FieldPath
 from kproxy.model.addresses import canonical_address, canonical_cidr, family_of
 
@@ -182,12 +182,12 @@ def _cidr_pair(text: str, path: FieldPath, locate: Locate) -> str:
 
 
 def _node_port_addresses(texts: tuple[str, ...], locate: Locate) -> tuple[str, ...]:
-    if texts == (PRIMARY,):
-        return texts
-    cidrs = []
+    entries = []
     for index, text in enumerate(texts):
-        cidr = canonical_cidr(text)
-        if cidr is None:
-            raise must_be(locate(("nodePortAddresses", index)), f"{_CIDR}, or {PRIMARY} as the only entry", text)
-        cidrs.append(cidr)
-    return tuple(dict.fromkeys(cidrs))
+        entry = text if text in NODE_PORT_KEYWORDS else canonical_cidr(text)
+        if entry is None:
+            *others, last = NODE_PORT_KEYWORDS
+            allowed = f"{_CIDR}, {', '.join(others)} or {last}"
+            raise must_be(locate(("nodePortAddresses", index)), allowed, text)
+        entries.append(entry)
+    return tuple(dict.fromkeys(entries))

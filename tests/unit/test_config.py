@@ -266,6 +266,12 @@ def test_cidrs_are_canonicalized() -> None:
     assert load("").cluster_cidrs == ()
 
 
+def test_node_port_addresses_mix_cidrs_and_keywords() -> None:
+    config = load("nodePortAddresses: [localhost, 10.99.0.7/24, primary, all, localhost, 'fd00::1/64']")
+    assert config.node_port_addresses == ("localhost", "10.99.0.0/24", "primary", "all", "fd00::/64")
+    assert load_config(to_yaml(config).encode(), "written.yaml") == (config, [])
+
+
 def test_node_port_addresses_default_to_primary_in_nftables_mode_only() -> None:
     assert load("").effective_node_port_addresses == ()
     assert load("mode: nftables").effective_node_port_addresses == ("primary",)
@@ -437,9 +443,9 @@ def test_sync_periods_of_both_modes_are_checked_if_the_mode_is_automatic(mode: s
             'or one of each IP family separated by a comma, not "10.0.0.0/8,11.0.0.0/8"',
         ),
         (
-            "nodePortAddresses:\n- 10.0.0.0/8\n- primary",
+            "nodePortAddresses:\n- primary\n- Localhost",
             "kp.yaml:5: nodePortAddresses[1]: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
-            'or primary as the only entry, not "primary"',
+            'primary, localhost or all, not "Localhost"',
         ),
         ("nodePortAddresses: 10.0.0.0/8", 'kp.yaml:3: nodePortAddresses: must be a list, not "10.0.0.0/8"'),
         ("nodePortAddresses: [1]", "kp.yaml:3: nodePortAddresses[0]: must be a string, not 1"),

@@ -196,9 +196,9 @@ def test_flags_for_listen_addresses(arguments: tuple[str, ...], healthz: str, me
         ),
         ("--proxy-mode=x", '--proxy-mode: must be iptables, nftables or "", not "x"'),
         (
-            "--nodeport-addresses=10.0.0.0/8,x",
+            "--nodeport-addresses=10.0.0.0/8,primary,x",
             "--nodeport-addresses: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
-            'or primary as the only entry, not "x"',
+            'primary, localhost or all, not "x"',
         ),
         ("--feature-gates=A", '--feature-gates: must be NAME=true or NAME=false, not "A"'),
         ("--feature-gates=A=2", '--feature-gates: A: must be true or false, not "2"'),
