@@ -1,4 +1,4 @@
-"""Choose the proxy mode and build the backend of each IP family that works on this node."""
+"""Build the backend of each IP family that works on this node."""
 
 from __future__ import annotations
 
@@ -66,26 +66,6 @@ def local_node_name(config: Config) -> str:
 def watched_kinds(config: Config) -> tuple[Kind, ...]:
     """Return the kinds of objects that the rules depend on."""
     return (*BASIC_KINDS, ServiceCIDR) if config.effective_mode == "nftables" else BASIC_KINDS
-
-
-def choose_mode(config: Config) -> Config:
-    """Return the configuration with the proxy mode to use.
-
-    `mode: ""` becomes nftables if nftables mode works for IPv4 on this node, otherwise iptables.
-
-    Raises `StartError` if it cannot be determined whether nftables mode works.
-    """
-    if config.mode:
-        return config
-    try:
-        choose_commit(Family.IPV4)
-    except NftablesUnsupportedError as error:
-        log.warning("using iptables mode: nftables mode does not work on this node for IPv4: %s", error)
-        return config.resolved("iptables")
-    except InconclusiveError as error:
-        raise StartError(f"cannot choose a proxy mode: {error}") from None
-    log.info("using nftables mode, which this node supports")
-    return config.resolved("nftables")
 
 
 class OwnCommits:

@@ -21,7 +21,6 @@ from kproxy.app.backends import (
     OwnCommits,
     StartError,
     check_privileges,
-    choose_mode,
     local_node_name,
     make_families,
     watched_kinds,
@@ -32,6 +31,7 @@ from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
 from kproxy.app.node_port_addresses import depends_on_interfaces
 from kproxy.config import Config, as_document
+from kproxy.config.validation import default_mode_warning
 from kproxy.host.ctnetlink import UdpConntrack
 from kproxy.host.interfaces import AddressMonitor, own_addresses
 from kproxy.host.nf_tables_events import RulesWatch
@@ -214,7 +214,9 @@ class Daemon:
         """
         check_privileges()
         client = None if self._objects is not None else _connect(self._config, self._server)
-        self._config = config = choose_mode(self._config)
+        config = self._config
+        if warning := default_mode_warning(config):
+            log.warning("%s", warning)
         own_commits = OwnCommits()
         families = make_families(
             config,
@@ -356,6 +358,8 @@ class Daemon:
             return NullRecorder()
         events = EventRecorder(client, name, clock=time.monotonic, wall=time.time_ns)
         events.event(node_reference(name), "Normal", "Starting", "StartKubeProxy", "")
+        if warning := default_mode_warning(self._config):
+            events.event(node_reference(name), "Warning", "ProxyModeNotSet", "StartKubeProxy", warning)
         return events
 
     def _serving(
@@ -377,7 +381,7 @@ class Daemon:
 
         return StatusServer(
             families,
-            mode=config.mode,
+            mode=config.effective_mode,
             configuration=as_document(config),
             healthz_address=config.healthz_bind_address,
             metrics_address=config.metrics_bind_address,

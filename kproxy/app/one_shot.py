@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from kproxy.app.backends import check_privileges, choose_mode, local_node_name, make_families, watched_kinds
+from kproxy.app.backends import check_privileges, local_node_name, make_families, watched_kinds
 from kproxy.app.family_contexts import assumed_context
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.config import Config
+from kproxy.config.validation import default_mode_warning
 from kproxy.host.ctnetlink import UdpConntrack
 from kproxy.host.interfaces import own_addresses
 from kproxy.iptables.backend import IptablesPrinter
@@ -35,7 +36,8 @@ def apply(config: Config, objects: str) -> None:
     of `SyncError` has one line for each failed family and for each rejected Service.
     """
     check_privileges()
-    config = choose_mode(config)
+    if warning := default_mode_warning(config):
+        log.warning("%s", warning)
     store = load_store(config, objects)
     families = make_families(config, [])
     tables = {family: UdpConntrack(family) for family in families}
@@ -65,11 +67,10 @@ def apply(config: Config, objects: str) -> None:
 def render(config: Config, objects: str) -> dict[Family, str]:
     """Render the rules for the objects in a file or directory, as if the kernel had no rules.
 
-    Returns, for each family, the input for `iptables-restore` in iptables mode, or for `nft -f` in nftables mode. If
-    the configuration has `mode: ""`, the rules are for nftables mode. They depend only on the configuration, on the
-    objects and on the host name of this machine. Raises `FileSourceError`.
+    Returns, for each family, the input for `iptables-restore` in iptables mode, or for `nft -f` in nftables mode.
+    They depend only on the configuration, on the objects and on the host name of this machine. Raises
+    `FileSourceError`.
     """
-    config = config.resolved("nftables") if not config.mode else config
     store = load_store(config, objects)
     texts = {}
     for family in Family:

@@ -126,7 +126,6 @@ def gather(
     daemon = None if options.objects else _ask_daemon(key, fetch_service, sources)
     if daemon is not None:
         node_name, config = daemon.node_name, _in_mode(config, daemon.mode)
-    config = config if config.mode else config.resolved("nftables")
     objects = (
         _read_files(options.objects, key, sources) if options.objects else _read_api(options, key, node_name, sources)
     )

@@ -53,7 +53,7 @@ PROXYING = (
     Flag(
         "proxy-mode",
         ("mode",),
-        'iptables (default), nftables, or "" for nftables if it works on this node and iptables otherwise',
+        "iptables or nftables (default: iptables, with a warning)",
         metavar="MODE",
         choices=("iptables", "nftables"),
     ),

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.app.backends import StartError, choose_mode, discover_iptables, discover_nftables
-from kproxy.config import Config
+from kproxy.app.backends import discover_iptables, discover_nftables
 from kproxy.host import nf_tables as nft_nat
 from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, CommandError, InconclusiveError, run
 from kproxy.host.netlink import BatchSocket
@@ -177,8 +176,6 @@ def test_hanging_nft_does_not_skip_a_family(
     monkeypatch.setattr("kproxy.nftables.probe.PROBE_TIMEOUT_SECONDS", 1)
     with pytest.raises(InconclusiveError, match="No buffer space available; nft: nft timed out after 1 s"):
         namespace.call(discover_nftables)
-    with pytest.raises(StartError, match="cannot choose a proxy mode: cannot determine"):
-        namespace.call(lambda: choose_mode(Config(mode="")))
 
 
 def test_family_without_programs_is_skipped(

@@ -158,10 +158,9 @@ def test_empty_mode_flag_overrides_the_mode_of_the_file() -> None:
 
 def test_masquerade_all_applies_to_both_modes_and_masquerade_bit_to_iptables() -> None:
     config = with_flags("--masquerade-all", "--iptables-masquerade-bit=3", "--proxy-mode=")
-    iptables, nftables = config.resolved("iptables").backend, config.resolved("nftables").backend
-    assert iptables.masquerade_all
-    assert nftables.masquerade_all
-    assert (iptables.masquerade_bit, nftables.masquerade_bit) == (3, 14)
+    assert config.iptables.masquerade_all
+    assert config.nftables.masquerade_all
+    assert (config.iptables.masquerade_bit, config.nftables.masquerade_bit) == (3, 14)
 
 
 @pytest.mark.parametrize(

@@ -59,11 +59,9 @@ def test_settings_that_do_not_depend_on_the_mode(mode: str) -> None:
     assert (ctx.local_traffic.cidr, ctx.random_fully) == ("10.244.0.0/16", True)
 
 
-def test_context_without_a_mode_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no mode has been chosen yet"):
-        context('""')
-    with pytest.raises(ValueError, match="no mode has been chosen yet"):
-        localhost_node_ports(configured('""'), Family.IPV4)
+def test_mode_that_is_not_set_means_iptables() -> None:
+    assert context('""') == context("iptables")
+    assert localhost_node_ports(configured('""'), Family.IPV4)
 
 
 @pytest.mark.parametrize(
