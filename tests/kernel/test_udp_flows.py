@@ -447,7 +447,7 @@ def test_flows_to_every_frontend_end_with_the_last_serving_endpoint(
         UdpClient(lab, outsider, vips[version == 6]),
     ]
     assert [flow.ask() for flow in flows] == ["pod-1"] * 4
-    changes = {
+    changes: dict[str, tuple[Delta, ...]] = {
         "last endpoint removed": slices(),
         "last endpoint not serving": slices(one, terminating=True, serving=False),
         "Service deleted": DELETED,
