@@ -1,4 +1,4 @@
-"""Choose the proxy mode and build the backend of each IP family that works on this node."""
+"""Build the backend of each IP family that works on this node."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kproxy.app.candidate_families import has_family
 from kproxy.app.family_contexts import interface_warning
 from kproxy.app.own_commits import OwnCommits
 from kproxy.config import Config
-from kproxy.host.commands import CommandError, InconclusiveError
+from kproxy.host.commands import CommandError
 from kproxy.host.process import has_net_admin
 from kproxy.iptables.runner import IptablesRunner, check_tables
 from kproxy.model.types import Family
@@ -30,26 +30,6 @@ def check_privileges() -> None:
         raise StartError(
             "missing capability CAP_NET_ADMIN in this network namespace: run as root or grant it to the process"
         )
-
-
-def choose_mode(config: Config) -> Config:
-    """Return the configuration with the proxy mode to use.
-
-    `mode: ""` becomes nftables if nftables mode works for IPv4 on this node, otherwise iptables.
-
-    Raises `StartError` if it cannot be determined whether nftables mode works.
-    """
-    if config.mode:
-        return config
-    try:
-        choose_commit(Family.IPV4)
-    except NftablesUnsupportedError as error:
-        log.warning("using iptables mode: nftables mode does not work on this node for IPv4: %s", error)
-        return config.resolved("iptables")
-    except InconclusiveError as error:
-        raise StartError(f"cannot choose a proxy mode: {error}") from None
-    log.info("using nftables mode, which this node supports")
-    return config.resolved("nftables")
 
 
 def make_families(

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 
 from kproxy.app.family_contexts import local_traffic_warning, make_context
-from kproxy.app.node_port_addresses import node_port_warning
-from kproxy.app.node_settings import local_node_name, watches_addresses
+from kproxy.app.node_port_addresses import depends_on_interfaces, node_port_warning
+from kproxy.app.node_settings import local_node_name
 from kproxy.config import Config
 from kproxy.host.interfaces import local_addresses
 from kproxy.model.context import Context
@@ -36,7 +36,7 @@ class ContextFactory:
         """
         config = self._config
         try:
-            addresses = local_addresses() if watches_addresses(config) else ()
+            addresses = local_addresses() if depends_on_interfaces(config) else ()
         except OSError as error:
             raise SyncError(f"cannot read the addresses of this machine: {error.strerror or error}") from error
         context = make_context(

@@ -17,15 +17,17 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from kproxy.app.backends import StartError, check_privileges, choose_mode, make_families, probe_family
+from kproxy.app.backends import StartError, check_privileges, make_families, probe_family
 from kproxy.app.control import DaemonControl, DaemonLog, ObjectOrigin
 from kproxy.app.family_contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
-from kproxy.app.node_settings import local_node_name, watched_kinds, watches_addresses
+from kproxy.app.node_port_addresses import depends_on_interfaces
+from kproxy.app.node_settings import local_node_name, watched_kinds
 from kproxy.app.own_commits import OwnCommits
 from kproxy.app.skipped_families import SkippedFamilies
 from kproxy.config import Config, as_document
+from kproxy.config.validation import default_mode_warning
 from kproxy.host.ctnetlink import UdpConntrack
 from kproxy.host.interfaces import AddressMonitor, own_addresses
 from kproxy.host.nf_tables_events import RulesWatch
@@ -207,7 +209,9 @@ class Daemon:
         """
         check_privileges()
         client = None if self._objects is not None else _connect(self._config, self._server)
-        self._config = config = choose_mode(self._config)
+        config = self._config
+        if warning := default_mode_warning(config):
+            log.warning("%s", warning)
         own_commits = OwnCommits()
         families = make_families(
             config,
@@ -338,7 +342,7 @@ class Daemon:
     def _monitors(self, families: Collection[Family]) -> Iterator[Component]:
         if skipped := [family for family in Family if family not in families]:
             yield SkippedFamilies(skipped, partial(probe_family, self._config.effective_mode), self._family_works)
-        if watches_addresses(self._config):
+        if depends_on_interfaces(self._config):
             yield AddressMonitor(lambda: self._messages.put(Resync()))
         if self._file is not None:
             from kproxy.config.reload import ConfigWatcher  # noqa: PLC0415 - as above
@@ -351,6 +355,8 @@ class Daemon:
             return NullRecorder()
         events = EventRecorder(client, name, clock=time.monotonic, wall=time.time_ns)
         events.event(node_reference(name), "Normal", "Starting", "StartKubeProxy", "")
+        if warning := default_mode_warning(self._config):
+            events.event(node_reference(name), "Warning", "ProxyModeNotSet", "StartKubeProxy", warning)
         return events
 
     def _serving(
@@ -372,7 +378,7 @@ class Daemon:
 
         return StatusServer(
             families,
-            mode=config.mode,
+            mode=config.effective_mode,
             configuration=as_document(config),
             healthz_address=config.healthz_bind_address,
             metrics_address=config.metrics_bind_address,

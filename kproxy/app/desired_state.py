@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 from msgspec import Struct
 
 from kproxy.app.context_factory import ContextFactory
-from kproxy.app.family_contexts import make_context
+from kproxy.app.family_contexts import assumed_context
 from kproxy.app.nftables_families import with_possible_counters
 from kproxy.app.node_settings import local_node_name
 from kproxy.app.one_shot import load_store
@@ -95,19 +96,7 @@ def from_daemon(
 
 def assumed_contexts(config: Config) -> dict[Family, MakeContext]:
     """Return functions that make the contexts of this node without inspecting the kernel, as for `kproxy render`."""
-
-    def assumed(family: Family) -> MakeContext:
-        return lambda node: make_context(
-            config,
-            family,
-            local_node_name(config),
-            node,
-            node.addresses if node else (),
-            accounting=True,
-            random_fully=True,
-        )
-
-    return {family: assumed(family) for family in Family}
+    return {family: partial(assumed_context, config, family, local_node_name(config)) for family in Family}
 
 
 def kernel_contexts(config: Config, runners: Mapping[Family, IptablesRunner]) -> dict[Family, MakeContext]:

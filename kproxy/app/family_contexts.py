@@ -37,15 +37,17 @@ def make_context(
 
     The fields `service_cidrs` and `large_cluster` keep their default values, because they depend on the store.
 
-    `local_addresses` are the addresses of the node's interfaces. They are used only if `nodePortAddresses` contains
-    CIDRs. `accounting` is true if nfacct counters are available. `random_fully` is true if the source ports of
+    `local_addresses` are the addresses of the node's interfaces. They are used only if `depends_on_interfaces` is true.
+    `accounting` is true if nfacct counters are available. `random_fully` is true if the source ports of
     masqueraded packets can be randomized (`--random-fully` in iptables). As in kube-proxy, nftables mode uses no nfacct
-    counters, does not drop packets that conntrack classifies as INVALID, and has no NodePorts on loopback addresses.
+    counters and does not drop packets that conntrack classifies as INVALID, and `nodePortAddresses` selects loopback
+    addresses only if `localhost_node_ports` is true: elsewhere, the kernel drops packets from and to them.
     """
     node = node or Node(node_name)
     node_addresses = [address for address in node.addresses if family_of(address) is family]
     is_iptables = config.effective_mode == "iptables"
-    candidates = (address for address in local_addresses if is_iptables or not ip_address(address).is_loopback)
+    localhost = localhost_node_ports(config, family)
+    candidates = (address for address in local_addresses if localhost or not ip_address(address).is_loopback)
     node_ports = node_port_addresses(config.effective_node_port_addresses, family, node_addresses, candidates)
     return Context(
         family,
@@ -63,12 +65,22 @@ def make_context(
         masquerade_all=config.backend.masquerade_all,
         masquerade_mark=1 << config.backend.masquerade_bit,
         node_port_addresses=node_ports,
-        localhost_node_ports=localhost_node_ports(config, family),
+        localhost_node_ports=localhost,
         drop_invalid=is_iptables and not config.conntrack.tcp_be_liberal,
         accounting=is_iptables and accounting,
         random_fully=random_fully,
         connection_counters=config.kproxy.connection_counters and not is_iptables,
     )
+
+
+def assumed_context(config: Config, family: Family, node_name: str, node: Node | None) -> Context:
+    """Return the context of a family without inspecting this machine.
+
+    The kernel and iptables are assumed to support all optional features, and the node is assumed to have exactly the
+    addresses of its Node object, 127.0.0.1 and ::1.
+    """
+    addresses = (*(node.addresses if node else ()), "127.0.0.1", "::1")
+    return make_context(config, family, node_name, node, addresses, accounting=True, random_fully=True)
 
 
 def local_traffic_warning(config: Config, node: Node | None, context: Context) -> str:

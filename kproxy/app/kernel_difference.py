@@ -10,10 +10,9 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from kproxy.app.backends import StartError, choose_mode
+from kproxy.app.backends import StartError
 from kproxy.app.candidate_families import IPV6_ADDRESSES
 from kproxy.app.iptables_families import discover_iptables
-from kproxy.config import Config
 from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, CommandError, run
 from kproxy.host.nf_tables_constants import NFT_TABLE_F_DORMANT
 from kproxy.iptables.comparison import ScopeReader, read_scope
@@ -29,10 +28,8 @@ from kproxy.nftables.kernel import NetlinkCommit, NftTable, OwnGenerations, Tabl
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.names import TABLE, table_family
 from kproxy.nftables.planned_table import planned_ledger
-from kproxy.nftables.probe import PROBE_TABLE, probe_transaction
 from kproxy.nftables.repair import Repair, TableParts
 from kproxy.nftables.table_check import TableCheck
-from kproxy.nftables.trial import TrialCommit
 from kproxy.sync.planning import PlannedFamily
 
 MAX_LISTED_CHAINS = 300
@@ -111,20 +108,6 @@ def iptables_runners() -> dict[Family, IptablesRunner]:
 def kernel_families() -> list[Family]:
     """Return the families that the kernel supports."""
     return list(Family) if IPV6_ADDRESSES.exists() else [Family.IPV4]
-
-
-def probed(config: Config) -> Config:
-    """Return the configuration with the mode that `choose_mode` chooses. Raises `StartError`.
-
-    As long as the kernel supports nftables mode over netlink, nothing is committed to find this out.
-    """
-    if config.mode:
-        return config
-    try:
-        TrialCommit(Family.IPV4, PROBE_TABLE)(probe_transaction(Family.IPV4))
-    except TableError:
-        return choose_mode(config)
-    return config.resolved("nftables")
 
 
 def compare_iptables(reader: ReadableRules, planned: PlannedFamily, dispatch_threshold: int) -> IptablesComparison:

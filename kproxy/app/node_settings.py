@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 
 from kproxy.config import Config, node_name
-from kproxy.config.types import PRIMARY
 from kproxy.model.delta import BASIC_KINDS, Kind
 from kproxy.model.types import ServiceCIDR
 
@@ -13,11 +12,6 @@ from kproxy.model.types import ServiceCIDR
 def local_node_name(config: Config) -> str:
     """Return this node's name: `hostnameOverride`, or else the host name."""
     return node_name(config, socket.gethostname())
-
-
-def watches_addresses(config: Config) -> bool:
-    """Return whether the rules depend on the addresses of the node's interfaces."""
-    return config.effective_node_port_addresses not in {(), (PRIMARY,)}
 
 
 def watched_kinds(config: Config) -> tuple[Kind, ...]:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
-from kproxy.app.backends import check_privileges, choose_mode, make_families
-from kproxy.app.family_contexts import make_context
+from kproxy.app.backends import check_privileges, make_families
+from kproxy.app.family_contexts import assumed_context
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.node_settings import local_node_name, watched_kinds
 from kproxy.config import Config
+from kproxy.config.validation import default_mode_warning
 from kproxy.host.ctnetlink import UdpConntrack
 from kproxy.host.interfaces import own_addresses
 from kproxy.iptables.backend import IptablesPrinter
 from kproxy.kube.manifests.file_source import FileSource
-from kproxy.model.context import Context
 from kproxy.model.delta import Delta
 from kproxy.model.store import Store
 from kproxy.model.sync_report import SyncError, SyncReport
-from kproxy.model.types import Family, Node
+from kproxy.model.types import Family
 from kproxy.nftables.backend import NftablesPrinter
 from kproxy.sync.conntrack_cleanup import ConntrackCleaner
 from kproxy.sync.family_sync import Backend, FamilySync
@@ -36,8 +37,9 @@ def apply(config: Config, objects: str) -> None:
     of `SyncError` has one line for each failed family and for each rejected Service.
     """
     check_privileges()
-    config = choose_mode(config)
     store = load_store(config, objects)
+    if warning := default_mode_warning(config):
+        log.warning("%s", warning)
     families = make_families(config, [])
     tables = {family: UdpConntrack(family) for family in families}
     cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, on_cleanup=lambda _: None)
@@ -66,17 +68,16 @@ def apply(config: Config, objects: str) -> None:
 def render(config: Config, objects: str) -> dict[Family, str]:
     """Render the rules for the objects in a file or directory, as if the kernel had no rules.
 
-    Returns, for each family, the input for `iptables-restore` in iptables mode, or for `nft -f` in nftables mode. If
-    the configuration has `mode: ""`, the rules are for nftables mode. They depend only on the configuration, on the
-    objects and on the host name of this machine. Raises `FileSourceError`.
+    Returns, for each family, the input for `iptables-restore` in iptables mode, or for `nft -f` in nftables mode.
+    They depend only on the configuration, on the objects and on the host name of this machine. Raises
+    `FileSourceError`.
     """
-    config = config.resolved("nftables") if not config.mode else config
     store = load_store(config, objects)
     texts = {}
     for family in Family:
         pages: list[str] = []
         printer = _printer(config, family, pages.append)
-        result = FamilySync(printer, _assumed_context(config, family)).sync(store)
+        result = FamilySync(printer, partial(assumed_context, config, family, local_node_name(config))).sync(store)
         for transition in result.transitions:
             log.warning("%s", transition.message)
         texts[family] = "".join(pages)
@@ -87,22 +88,6 @@ def _printer(config: Config, family: Family, show: Callable[[str], object]) -> B
     if config.effective_mode == "nftables":
         return NftablesPrinter(family, show)
     return IptablesPrinter(show, dispatch_threshold=config.kproxy.iptables_dispatch_threshold)
-
-
-def _assumed_context(config: Config, family: Family) -> Callable[[Node | None], Context]:
-    """Return a function that makes the context of a family without inspecting this machine, except for its host name.
-
-    The function assumes that the kernel and iptables support all optional features, and that the node has exactly the
-    addresses listed in its Node object.
-    """
-
-    def context(node: Node | None) -> Context:
-        addresses = node.addresses if node else ()
-        return make_context(
-            config, family, local_node_name(config), node, addresses, accounting=True, random_fully=True
-        )
-
-    return context
 
 
 def load_store(config: Config, objects: str, node_name: str = "") -> Store:

@@ -103,11 +103,10 @@ def _kernel(options: argparse.Namespace, config: Config) -> int:
 
 
 def kernel_state(config: Config, objects: str) -> DesiredState:
-    """Return the desired state that `kproxy apply` would program. Raises what `from_files` and `probed` raise."""
+    """Return the desired state that `kproxy apply` would program. Raises what `from_files` raises, and `StartError`."""
     from kproxy.app.desired_state import from_files, kernel_contexts
-    from kproxy.app.kernel_difference import iptables_runners, kernel_families, probed
+    from kproxy.app.kernel_difference import iptables_runners, kernel_families
 
-    config = probed(config)
     runners = iptables_runners() if config.effective_mode == "iptables" else {}
     contexts = kernel_contexts(config, runners)
     return from_files(
@@ -224,7 +223,6 @@ def _against(options: argparse.Namespace, config: Config) -> int:
     from kproxy.cli.difference_text import objects_lines
     from kproxy.diagnose.difference_objects import ObjectsDifference, service_differences
 
-    config = config if config.mode else config.resolved("nftables")
     state = from_files(config, options.objects, assumed_contexts(config)) if options.objects else _daemon_state()
     after = changed(state, load_store(config, options.against, state.node_name))
     services: list[ServiceDifference] = []
@@ -286,21 +284,19 @@ def _against_config(options: argparse.Namespace, config: Config) -> int:
         mode_effects,
     )
 
-    old = config if config.mode else config.resolved("nftables")
-    other = load_settings(argparse.Namespace(**{**vars(options), "config": options.against_config}))
-    new = other if other.mode else other.resolved("nftables")
-    fields = field_differences(as_document(config), as_document(other), new.effective_mode)
-    old_contexts, new_contexts = assumed_contexts(old), assumed_contexts(new)
+    new = load_settings(argparse.Namespace(**{**vars(options), "config": options.against_config}))
+    fields = field_differences(as_document(config), as_document(new), new.effective_mode)
+    old_contexts, new_contexts = assumed_contexts(config), assumed_contexts(new)
     effects, rules = [], []
     if options.objects:
-        before = from_files(old, options.objects, old_contexts)
+        before = from_files(config, options.objects, old_contexts)
         after = from_files(new, options.objects, new_contexts)
         rules = list(written(before, after.families, after.mode, after.dispatch_threshold))
         pairs = {family: (each.context, after.families[family].context) for family, each in before.families.items()}
     else:
         pairs = {family: (make(None), new_contexts[family](None)) for family, make in old_contexts.items()}
     for family, (first, second) in pairs.items():
-        if found := (*mode_effects(old, new), *context_effects(first, second)):
+        if found := (*mode_effects(config, new), *context_effects(first, second)):
             effects.append(ContextDifference(family=family.value, effects=found))
     report = ConfigurationDifference(
         before=options.config or "the defaults and flags",

@@ -139,7 +139,6 @@ def gather(
     daemon = None if options.objects else _ask_daemon(key, fetch_service, sources)
     if daemon is not None:
         node_name, config = daemon.node_name, _in_mode(config, daemon.mode)
-    config = config if config.mode else config.resolved("nftables")
     objects = (
         _read_files(options.objects, key, sources) if options.objects else _read_api(options, key, node_name, sources)
     )
@@ -253,14 +252,13 @@ def _contexts(
     """Return the contexts of this node without a daemon. Its addresses are assumed to be those of its Node object."""
     from msgspec.structs import replace
 
-    from kproxy.app.family_contexts import make_context
+    from kproxy.app.family_contexts import assumed_context
     from kproxy.model.addresses import family_of
     from kproxy.model.types import Family
 
     contexts = {}
     cidrs = objects.service_cidrs if objects else ()
     for family in Family:
-        addresses = node.addresses if node else ()
-        context = make_context(config, family, node_name, node, addresses, accounting=True, random_fully=True)
+        context = assumed_context(config, family, node_name, node)
         contexts[family] = replace(context, service_cidrs=tuple(each for each in cidrs if family_of(each) is family))
     return contexts

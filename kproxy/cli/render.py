@@ -77,6 +77,6 @@ def _render(options: argparse.Namespace) -> None:
 
 
 def _program(config: Config, family: Family) -> str:
-    if config.mode != "iptables":
+    if config.effective_mode != "iptables":
         return "nft -f -"
     return "ip6tables-restore --noflush" if family is Family.IPV6 else "iptables-restore --noflush"

@@ -112,12 +112,11 @@ def _run_daemon(config: Config, options: argparse.Namespace, content: bytes) -> 
 
 
 def _prepare(config: Config) -> None:
-    from kproxy.app.backends import StartError, check_privileges, choose_mode
+    from kproxy.app.backends import StartError, check_privileges
     from kproxy.app.kernel_parameters import prepare_conntrack, prepare_localhost_node_ports
 
     try:
         check_privileges()
-        config = choose_mode(config)
     except StartError as error:
         raise CommandFailedError(str(error)) from None
     prepare_conntrack(config)

@@ -1,4 +1,4 @@
-"""The table of the Linux flags of kube-proxy 1.36, except those that `config/flags.py` adds, such as `--config`."""
+"""The table of the Linux flags of kube-proxy 1.38, except those that `config/flags.py` adds, such as `--config`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PROXYING = (
     Flag(
         "proxy-mode",
         ("mode",),
-        'iptables (default), nftables, or "" for nftables if it works on this node and iptables otherwise',
+        "iptables (default) or nftables; if no mode is set, kproxy warns that the default will become nftables",
         metavar="MODE",
         choices=("iptables", "nftables"),
     ),
@@ -87,10 +87,11 @@ PROXYING = (
     Flag(
         "nodeport-addresses",
         ("nodePortAddresses",),
-        'CIDRs of the node addresses that accept NodePort connections, or "primary" for the primary addresses of the '
-        "Node (default: all addresses in iptables mode, primary in nftables mode)",
+        "node addresses that accept NodePort connections: CIDRs, primary (the primary addresses of the Node), "
+        "localhost (127.0.0.0/8 and ::1) and all, in any combination (default: all in iptables mode, "
+        "primary in nftables mode)",
         "list",
-        metavar="CIDR,...",
+        metavar="CIDR|KEYWORD,...",
     ),
     Flag(
         "iptables-localhost-nodeports",

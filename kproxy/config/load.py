@@ -56,8 +56,7 @@ def load_config(text: bytes, path: str, *, strict: bool = False) -> tuple[Config
     `path` is the name of the file. It appears in messages. If it ends in `.json`, the text must be JSON.
 
     As in kube-proxy, null means that a field is unset. In the fields in `_ZERO_IS_UNSET`, "" and 0 also mean this. For
-    example, a `minSyncPeriod` of 0 becomes the default of 1 s; only the flag can set the field to 0. In the field
-    `mode`, "" means that kproxy chooses the mode at startup.
+    example, a `minSyncPeriod` of 0 becomes the default of 1 s; only the flag can set the field to 0.
 
     kube-proxy's lenient decoder ignores unknown fields, duplicate keys and additional documents. `load_config` returns
     a warning for each of them, or raises an error if `strict` is true.
@@ -99,9 +98,10 @@ def to_yaml(config: Config) -> str:
 def as_document(config: Config) -> dict[str, Any]:
     """Return the content of a configuration file that specifies `config`.
 
-    The section `kproxy` is omitted if it has its default values, because kube-proxy does not know it.
+    The section `kproxy` is omitted if it has its default values, because kube-proxy does not know it. As in kube-proxy,
+    `mode` is the effective mode, even if `config` does not set it.
     """
-    document = {"apiVersion": API_VERSION, "kind": KIND, **encode(config)}
+    document = {"apiVersion": API_VERSION, "kind": KIND, **encode(config), "mode": config.effective_mode}
     if config.kproxy == KproxySection():
         del document["kproxy"]
     return document

@@ -8,6 +8,8 @@ import stat
 from collections.abc import Callable
 from typing import TypeAlias
 
+from msgspec.structs import replace
+
 from kproxy.config.decode import ConfigError
 from kproxy.config.types import Config
 from kproxy.documents.watch import PathSnapshot, PathWatcher
@@ -75,7 +77,7 @@ class ConfigWatcher:
             reason = "; ".join(str(error).splitlines())
             log.error("%s (edit ignored, keeping the current configuration)", reason)
             return True
-        if config != self._config:
+        if _with_mode(config) != _with_mode(self._config):
             log.info("%s: configuration changed", self._path)
             self._changed()
             return False
@@ -83,6 +85,11 @@ class ConfigWatcher:
             log.warning("%s", warning)
         log.info("%s: edited, but the configuration is unchanged", self._path)
         return True
+
+
+def _with_mode(config: Config) -> Config:
+    """Return a configuration with the effective mode: to write the default into the file changes nothing."""
+    return replace(config, mode=config.effective_mode)
 
 
 def _is_stream(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""The configuration of kube-proxy 1.36: every field of `KubeProxyConfiguration` v1alpha1, with its default. Pure.
+"""The configuration of kube-proxy 1.38: every field of `KubeProxyConfiguration` v1alpha1, with its default. Pure.
 
 Fields have the same meaning as in the configuration file. Names are in snake case: `masqueradeBit` is `masquerade_bit`.
 The docstrings note which fields have no effect in kproxy. Durations are in seconds. The section `kproxy` contains
@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
-import msgspec
 from msgspec import Meta, Struct, field
 
 API_VERSION = "kubeproxy.config.k8s.io/v1alpha1"
 KIND = "KubeProxyConfiguration"
 PRIMARY = "primary"
-"""The entry of `nodePortAddresses` that means the Node's primary address of each IP family.
-
-It must be the only entry. All other entries are CIDRs.
-"""
+"""The keyword of `nodePortAddresses` for the Node's primary address of each IP family."""
+NODE_PORT_KEYWORDS: Mapping[str, tuple[str, ...]] = {
+    PRIMARY: (),
+    "localhost": ("127.0.0.0/8", "::1/128"),
+    "all": ("0.0.0.0/0", "::/0"),
+}
+"""The keywords of `nodePortAddresses`, each with the CIDRs that it stands for. All other entries are CIDRs."""
 _MAX_INT32 = 2**31 - 1
 
 
@@ -39,7 +41,9 @@ class Quantity(str):
 
 Mode: TypeAlias = Literal["iptables", "nftables"]
 ModeSetting: TypeAlias = Literal["iptables", "nftables", ""]
-"""A proxy mode, or "" to choose one at startup: nftables if it works on this node, otherwise iptables."""
+"""A proxy mode, or "" for `DEFAULT_MODE`."""
+DEFAULT_MODE: Mode = "iptables"
+"""The mode if the configuration sets none, as in kube-proxy, whose default becomes nftables in 1.40 (KEP-5343)."""
 LocalMode: TypeAlias = Literal["ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix"]
 Bit: TypeAlias = Annotated[int, Meta(ge=0, le=31)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=_MAX_INT32)]
@@ -191,11 +195,10 @@ class Config(Section, frozen=True, kw_only=True):
     IP addresses and CIDRs are in canonical form. `healthz_bind_address` and `metrics_bind_address` are `IP:port`, or ""
     if a flag disabled the server.
 
-    If `mode` is "", no mode has been chosen yet, and the properties that depend on the mode raise `ValueError`.
-    `resolved` returns a configuration with a mode.
+    If `mode` is "", the configuration sets no mode, and `DEFAULT_MODE` is the effective one.
 
-    The following fields have no effect: `feature_gates`, `show_hidden_metrics_for_version`, `enable_profiling`,
-    `config_sync_period`, `port_range` and `windows_run_as_service`.
+    The following fields have no effect: `show_hidden_metrics_for_version`, `enable_profiling`, `config_sync_period`,
+    `port_range` and `windows_run_as_service`. For `feature_gates`, see `kproxy.config.validation`.
 
     kproxy uses only the IP family of `bind_address`. As long as this Node's addresses are unknown, kproxy assumes that
     they belong to that family. In a configuration file, `bindAddress` also determines the IP family of the default
@@ -212,7 +215,7 @@ class Config(Section, frozen=True, kw_only=True):
     bind_address_hard_fail: bool = False
     enable_profiling: bool = False
     show_hidden_metrics_for_version: str = ""
-    mode: ModeSetting = "iptables"
+    mode: ModeSetting = ""
     iptables: IPTables = IPTables()
     ipvs: IPVS = IPVS()
     nftables: NFTables = NFTables()
@@ -228,22 +231,14 @@ class Config(Section, frozen=True, kw_only=True):
     windows_run_as_service: bool = False
     kproxy: KproxySection = KproxySection()
 
-    def resolved(self, mode: Mode) -> Config:
-        """Return the configuration with the chosen mode. Raises `ValueError` if another mode is configured."""
-        if self.mode not in {"", mode}:
-            raise ValueError(f"cannot use {mode} mode: the configuration says {self.mode}")
-        return msgspec.structs.replace(self, mode=mode)
-
     @property
     def effective_mode(self) -> Mode:
-        """The mode that was configured, or chosen at startup. Raises `ValueError` if no mode has been chosen yet."""
-        if not self.mode:
-            raise ValueError("no mode has been chosen yet")
-        return self.mode
+        """The mode that is set, or the default."""
+        return self.mode or DEFAULT_MODE
 
     @property
     def backend(self) -> IPTables | NFTables:
-        """The section with the settings of the effective mode. Raises `ValueError` if no mode has been chosen yet."""
+        """The section with the settings of the effective mode."""
         return self.nftables if self.effective_mode == "nftables" else self.iptables
 
     @property
@@ -253,10 +248,9 @@ class Config(Section, frozen=True, kw_only=True):
 
     @property
     def effective_node_port_addresses(self) -> tuple[str, ...]:
-        """The addresses that accept NodePort traffic: CIDRs, or only `primary`. () means all local addresses.
+        """The addresses that accept NodePort traffic: CIDRs and keywords. () means all local addresses.
 
-        The default is () in iptables mode and `primary` in nftables mode. Raises `ValueError` if no mode has been
-        chosen yet.
+        The default is () in iptables mode and `primary` in nftables mode.
         """
         default = (PRIMARY,) if self.effective_mode == "nftables" else ()
         return self.node_port_addresses or default

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import get_args
 
 import msgspec
 from msgspec import Struct
 
 from kproxy.config.decode import ConfigError, Locate, format_duration, must_be
-from kproxy.config.types import IPVS, PRIMARY, Config, LogOptions, Mode, Winkernel
+from kproxy.config.types import IPVS, NODE_PORT_KEYWORDS, Config, LogOptions, Winkernel
 from kproxy.documents.document import FieldPath
 from kproxy.model.addresses import canonical_address, canonical_cidr, family_of
 
@@ -27,13 +26,19 @@ KNOWN_GATES = frozenset(
         "KubeProxyDrainingTerminatingNodes",
         "LoadBalancerIPMode",
         "MultiCIDRServiceAllocator",
+        "NFTablesNetlink",
         "NFTablesProxyMode",
         "PreferSameTrafficDistribution",
+        "RelaxedServiceNameValidation",
         "ServiceTrafficDistribution",
         "TopologyAwareHints",
     }
 )
 """Feature gates whose features are always enabled in kproxy."""
+SWITCHABLE_GATES: Mapping[str, bool] = {"KubeProxyNFTablesLocalhostNodePorts": True}
+"""Feature gates that enable or disable something in kproxy, with their defaults."""
+IRRELEVANT_GATES = frozenset({"KubeProxyIPVS"})
+"""Feature gates of features that kproxy does not have, whatever the value."""
 MAX_INTERFACE_NAME = 15
 """Maximum length of an interface name in bytes: IFNAMSIZ (linux/if.h) without the terminating NUL."""
 _CIDR = "a CIDR (such as 10.244.0.0/16 or fd00::/64)"
@@ -81,12 +86,22 @@ def gate_warnings(gates: Mapping[str, bool], location: str) -> list[str]:
 
     A warning with an empty list is omitted.
     """
-    unknown = sorted(gates.keys() - KNOWN_GATES)
+    unknown = sorted(gates.keys() - KNOWN_GATES - SWITCHABLE_GATES.keys() - IRRELEVANT_GATES)
     disabled = sorted(name for name, enabled in gates.items() if not enabled and name in KNOWN_GATES)
     return [
         *([f"{location}: unknown feature gates, no effect: {', '.join(unknown)}"] if unknown else []),
         *([f"{location}: cannot be disabled in kproxy: {', '.join(disabled)}"] if disabled else []),
     ]
+
+
+def default_mode_warning(config: Config) -> str:
+    """Return one line that says which mode is used because the configuration sets none, or "" if it sets one."""
+    if config.mode:
+        return ""
+    return (
+        f"mode is not set: using {config.effective_mode}; the default becomes nftables in Kubernetes 1.40 (KEP-5343): "
+        "set mode (--proxy-mode) to iptables to keep it, or to nftables"
+    )
 
 
 def has_port(endpoint: str) -> bool:
@@ -128,16 +143,12 @@ def _check_names(config: Config, locate: Locate) -> None:
 
 
 def _check_periods(config: Config, locate: Locate) -> None:
-    """Check the sync periods of the configured mode, or of both modes if `mode` is "".
-
-    The sync periods of other modes are not checked, as in kube-proxy.
-    """
-    for mode in (config.mode,) if config.mode else get_args(Mode):
-        section = config.resolved(mode).backend
-        if section.min_sync_period > section.sync_period:
-            location = locate((mode, "minSyncPeriod"))
-            maximum, actual = format_duration(section.sync_period), format_duration(section.min_sync_period)
-            raise ConfigError(f"{location}: must not exceed {mode}.syncPeriod ({maximum}), but is {actual}")
+    """Check the sync periods of the effective mode. Those of the other mode are not checked, as in kube-proxy."""
+    mode, section = config.effective_mode, config.backend
+    if section.min_sync_period > section.sync_period:
+        location = locate((mode, "minSyncPeriod"))
+        maximum, actual = format_duration(section.sync_period), format_duration(section.min_sync_period)
+        raise ConfigError(f"{location}: must not exceed {mode}.syncPeriod ({maximum}), but is {actual}")
 
 
 def _check_verbosities(config: Config, locate: Locate) -> None:
@@ -182,12 +193,12 @@ def _cidr_pair(text: str, path: FieldPath, locate: Locate) -> str:
 
 
 def _node_port_addresses(texts: tuple[str, ...], locate: Locate) -> tuple[str, ...]:
-    if texts == (PRIMARY,):
-        return texts
-    cidrs = []
+    entries = []
     for index, text in enumerate(texts):
-        cidr = canonical_cidr(text)
-        if cidr is None:
-            raise must_be(locate(("nodePortAddresses", index)), f"{_CIDR}, or {PRIMARY} as the only entry", text)
-        cidrs.append(cidr)
-    return tuple(dict.fromkeys(cidrs))
+        entry = text if text in NODE_PORT_KEYWORDS else canonical_cidr(text)
+        if entry is None:
+            *others, last = NODE_PORT_KEYWORDS
+            allowed = f"{_CIDR}, {', '.join(others)} or {last}"
+            raise must_be(locate(("nodePortAddresses", index)), allowed, text)
+        entries.append(entry)
+    return tuple(dict.fromkeys(entries))

@@ -27,6 +27,12 @@ def check_platform(facts: HostFacts) -> Iterator[Finding]:
     """Yield the findings about the kernel, privileges, programs and limits."""
     yield from _privileges(facts)
     yield _kernel(facts)
+    if not facts.settings.mode_is_set:
+        yield info(
+            "ModeNotSet",
+            f"mode is not set: kproxy uses {facts.settings.mode}; the default becomes nftables in Kubernetes 1.40",
+            f"set mode: {facts.settings.mode} (--proxy-mode) to keep it, or mode: nftables",
+        )
     yield from _support(facts)
     yield from _iptables(facts)
     yield from _nft(facts)
@@ -66,8 +72,7 @@ def _kernel(facts: HostFacts) -> Finding:
             f"Linux {facts.kernel} is too old for nftables mode, which needs 5.13",
             "upgrade the kernel, or use --proxy-mode=iptables",
         )
-    chosen = ", which kproxy chooses on this node" if facts.settings.mode_chosen else ""
-    return passed("KernelRecent", f"Linux {facts.kernel} is recent enough for {mode} mode{chosen}")
+    return passed("KernelRecent", f"Linux {facts.kernel} is recent enough for {mode} mode")
 
 
 def _support(facts: HostFacts) -> Iterator[Finding]:

@@ -97,7 +97,7 @@ def context_effects(before: Context, after: Context) -> tuple[str, ...]:
 
 def mode_effects(before: Config, after: Config) -> tuple[str, ...]:
     """Return what a change of the mode means besides the rules."""
-    if before.mode == after.mode:
+    if before.effective_mode == after.effective_mode:
         return ()
     if after.effective_mode == "nftables":
         return ("nftables mode has no NodePorts on loopback addresses",)

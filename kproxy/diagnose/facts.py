@@ -31,15 +31,15 @@ class IptablesProgram(Struct, frozen=True, kw_only=True):
 class Settings(Struct, frozen=True, kw_only=True):
     """What the configuration says.
 
-    `mode` is the mode that kproxy uses on this node; `mode_chosen` is true if the configuration leaves the choice to
-    kproxy. `listen` maps the configuration's fields with listen addresses to these addresses, as `IP:port`.
-    `localhost_node_ports` is true if NodePorts must answer on 127.0.0.1. `conntrack` are the kernel parameters that
-    kproxy would change, with their new values. `ipv6` is true if the configuration names IPv6 CIDRs. `local_mode`,
-    `cluster_cidrs`, `pod_bridge` and `pod_prefix` say how kproxy recognizes traffic from local pods.
+    `mode` is the mode that kproxy uses on this node; `mode_is_set` is false if that is only the default. `listen` maps
+    the configuration's fields with listen addresses to these addresses, as `IP:port`. `localhost_node_ports` is true if
+    NodePorts must answer on 127.0.0.1. `conntrack` are the kernel parameters that kproxy would change, with their new
+    values. `ipv6` is true if the configuration names IPv6 CIDRs. `local_mode`, `cluster_cidrs`, `pod_bridge` and
+    `pod_prefix` say how kproxy recognizes traffic from local pods.
     """
 
     mode: Mode
-    mode_chosen: bool = False
+    mode_is_set: bool = True
     node_name: str = ""
     host_name: str = ""
     name_is_overridden: bool = False

@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -72,16 +72,15 @@ def gather(
 ) -> HostFacts:
     """Return the facts about this machine and this network namespace.
 
-    `config` is kproxy's configuration, with or without a mode. `server` is the value of `--master`.
-    `localhost_node_ports` returns whether a configuration with a mode needs NodePorts on 127.0.0.1. Facts that need
+    `config` is kproxy's configuration. `server` is the value of `--master`. `localhost_node_ports` returns whether a
+    configuration needs NodePorts on 127.0.0.1. Facts that need
     privileges are omitted if this process does not have them, and those about the API server unless `ask_api` is true.
     """
     net_admin = has_net_admin()
     ipv6_kernel = _IPV6.exists()
     families = list(Family) if ipv6_kernel else [Family.IPV4]
     iptables = _iptables()
-    mode, nftables_support = _mode(config, net_admin)
-    resolved = config.resolved(mode)
+    mode = config.effective_mode
     current = read_parameters(PARAMETERS)
     found_links = _or_empty(links)
     addresses = _addresses()
@@ -93,7 +92,7 @@ def gather(
     node_cidrs = ",".join([*config.cluster_cidrs, *config.node_port_addresses])
     settings = Settings(
         mode=mode,
-        mode_chosen=not config.mode,
+        mode_is_set=bool(config.mode),
         node_name=name,
         host_name=host_name,
         name_is_overridden=bool(config.hostname_override.strip()),
@@ -105,7 +104,7 @@ def gather(
             )
             if address
         },
-        localhost_node_ports=localhost_node_ports(resolved),
+        localhost_node_ports=localhost_node_ports(config),
         conntrack=conntrack,
         ipv6=":" in node_cidrs,
         local_mode=config.detect_local_mode,
@@ -127,7 +126,7 @@ def gather(
         net_admin=net_admin,
         net_raw=_has_capability(CAP_NET_RAW),
         ipv6_kernel=ipv6_kernel,
-        support=_support(mode, families, iptables, nftables_support) if net_admin else {},
+        support=_support(mode, families, iptables) if net_admin else {},
         iptables=iptables,
         nft_version=_nft_version(),
         parameters=parameters,
@@ -146,24 +145,9 @@ def gather(
 # Modes and programs.
 
 
-def _mode(config: Config, net_admin: bool) -> tuple[Mode, dict[Family, str]]:
-    """Return the mode that kproxy uses, and what is known about the kernel's support for nftables mode."""
-    if config.mode:
-        return config.mode, {}
-    if not net_admin:
-        return "nftables", {}
-    reason = _reason(partial(unsupported_reason, Family.IPV4))
-    return ("iptables" if reason else "nftables"), {Family.IPV4: reason}
-
-
-def _support(
-    mode: Mode, families: Iterable[Family], iptables: IptablesProgram, known: Mapping[Family, str]
-) -> dict[Family, str]:
+def _support(mode: Mode, families: Iterable[Family], iptables: IptablesProgram) -> dict[Family, str]:
     if mode == "nftables":
-        return {
-            family: known[family] if family in known else _reason(partial(unsupported_reason, family))
-            for family in families
-        }
+        return {family: _reason(partial(unsupported_reason, family)) for family in families}
     if iptables.variant == "nft":
         return {family: _reason(partial(nat_unsupported_reason, family)) for family in families}
     # Without a table nat, only creating it would show whether the kernel supports it.

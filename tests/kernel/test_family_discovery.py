@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kproxy.app.backends import StartError, choose_mode
 from kproxy.app.iptables_families import discover_iptables
 from kproxy.app.nftables_families import discover_nftables
-from kproxy.config import Config
 from kproxy.host import nf_tables as nft_nat
 from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, CommandError, InconclusiveError, run
 from kproxy.host.netlink import BatchSocket
@@ -179,8 +177,6 @@ def test_hanging_nft_does_not_skip_a_family(
     monkeypatch.setattr("kproxy.nftables.probe.PROBE_TIMEOUT_SECONDS", 1)
     with pytest.raises(InconclusiveError, match="No buffer space available; nft: nft timed out after 1 s"):
         namespace.call(discover_nftables)
-    with pytest.raises(StartError, match="cannot choose a proxy mode: cannot determine"):
-        namespace.call(lambda: choose_mode(Config(mode="")))
 
 
 def test_family_without_programs_is_skipped(

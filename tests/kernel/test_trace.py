@@ -81,7 +81,8 @@ def web(lab: Lab, servers: Servers, tmp_path: Path) -> WebService:
 
 def trace(node: Namespace, *flags: str) -> dict[str, Any]:
     done = node.run([sys.executable, "-m", "kproxy", "trace", "-o", "json", *flags], check=False)
-    assert done.returncode in (0, 1, 3) and done.stdout, done.stderr
+    assert done.returncode in {0, 1, 3}, done.stderr
+    assert done.stdout, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert {0: "works", 1: "broken", 3: "unknown"}[done.returncode] == found["answer"]
     return found

@@ -18,6 +18,7 @@ from kproxy.config import Config, ConfigError, as_document, load_config, node_na
 from kproxy.config.decode import format_duration, parse_duration
 from kproxy.config.flag_table import CONFIG_FLAGS
 from kproxy.config.types import ClientConnection, FlushSeconds, Quantity, Seconds, VModule
+from kproxy.config.validation import default_mode_warning
 from tests.deploy.kubeadm import config_map
 from tests.unit.config_files import HEADER, load, load_error, load_warnings
 
@@ -148,15 +149,20 @@ def test_defaults_are_those_of_kube_proxy() -> None:
     }
 
 
-def test_kubeadm_file_yields_defaults_and_automatic_mode_without_warnings() -> None:
+def test_kubeadm_file_yields_defaults_without_warnings() -> None:
     text = config_map("https://192.0.2.1:6443", cluster_cidr="10.244.0.0/16")["config.conf"]
     connection = ClientConnection(kubeconfig="/var/lib/kube-proxy/kubeconfig.conf")
-    expected = Config(client_connection=connection, cluster_cidr="10.244.0.0/16", mode="")
+    expected = Config(client_connection=connection, cluster_cidr="10.244.0.0/16")
     assert load_config(text.encode(), "kp.yaml") == (expected, [])
 
 
 def test_empty_log_format_is_the_default() -> None:
     assert load('logging: {format: ""}') == Config()
+
+
+def with_mode(config: Config) -> Config:
+    """Return a configuration that sets the effective mode, as written files do."""
+    return msgspec.structs.replace(config, mode=config.effective_mode)
 
 
 @pytest.mark.parametrize("folder", sorted(GOLDEN.glob("*/")), ids=lambda folder: folder.name)
@@ -167,7 +173,7 @@ def test_configurations_of_recorded_nodes_load(folder: Path) -> None:
     assert config.hostname_override == "node-1"
     assert config.cluster_cidrs == ("10.244.0.0/16", "fd00:10:244::/48")
     assert (config.conntrack.max_per_core, config.conntrack.tcp_close_wait_timeout) == (0, 0.0)
-    assert load_config(to_yaml(config).encode(), "written.yaml") == (config, [])
+    assert load_config(to_yaml(config).encode(), "written.yaml") == (with_mode(config), [])
 
 
 NON_DEFAULT_VALUES: dict[str, Any] = {
@@ -235,7 +241,7 @@ def test_every_field_survives_writing_and_loading() -> None:
 def test_vmodule_survives_writing_and_loading() -> None:
     config = load("logging: {vmodule: [{filePattern: proxier*, verbosity: 5}]}")
     assert config.logging.vmodule == (VModule(file_pattern="proxier*", verbosity=5),)
-    assert load_config(to_yaml(config).encode(), "kp.yaml") == (config, [])
+    assert load_config(to_yaml(config).encode(), "kp.yaml") == (with_mode(config), [])
 
 
 def test_default_listen_addresses_have_the_ip_family_of_the_bind_address() -> None:
@@ -266,6 +272,12 @@ def test_cidrs_are_canonicalized() -> None:
     assert load("").cluster_cidrs == ()
 
 
+def test_node_port_addresses_mix_cidrs_and_keywords() -> None:
+    config = load("nodePortAddresses: [localhost, 10.99.0.7/24, primary, all, localhost, 'fd00::1/64']")
+    assert config.node_port_addresses == ("localhost", "10.99.0.0/24", "primary", "all", "fd00::/64")
+    assert load_config(to_yaml(config).encode(), "written.yaml") == (with_mode(config), [])
+
+
 def test_node_port_addresses_default_to_primary_in_nftables_mode_only() -> None:
     assert load("").effective_node_port_addresses == ()
     assert load("mode: nftables").effective_node_port_addresses == ("primary",)
@@ -280,43 +292,21 @@ def test_backend_is_the_section_of_the_active_mode() -> None:
     assert load(text + "mode: nftables").backend.masquerade_bit == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "mode"),
-    [
-        ("", "iptables"),
-        ("mode: null", "iptables"),
-        ("mode:", "iptables"),
-        ('mode: ""', ""),
-        ("mode: nftables", "nftables"),
-    ],
-)
-def test_only_an_empty_mode_is_automatic_and_modes_survive_writing(text: str, mode: str) -> None:
+@pytest.mark.parametrize("text", ["", "mode: null", "mode:", 'mode: ""'])
+def test_mode_that_is_not_set_means_iptables_with_a_warning(text: str) -> None:
     config = load(text)
-    assert config.mode == mode
+    assert (config.mode, config.effective_mode, config.backend) == ("", "iptables", config.iptables)
+    assert as_document(config)["mode"] == "iptables"
+    warning = default_mode_warning(config)
+    assert warning.startswith("mode is not set: using iptables; the default becomes nftables in Kubernetes 1.40 ")
+    assert "\n" not in warning
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+def test_mode_that_is_set_survives_writing_and_causes_no_warning(mode: str) -> None:
+    config = load(f"mode: {mode}")
+    assert (config.mode, config.effective_mode, default_mode_warning(config)) == (mode, mode, "")
     assert load_config(to_yaml(config).encode(), "kp.yaml") == (config, [])
-
-
-def test_mode_dependent_settings_are_unavailable_until_a_mode_is_chosen() -> None:
-    config = load('mode: ""\niptables: {masqueradeBit: 1}\nnftables: {masqueradeBit: 2}\n')
-    for name in ("effective_mode", "backend", "effective_node_port_addresses"):
-        with pytest.raises(ValueError, match="no mode has been chosen yet"):
-            getattr(config, name)
-    iptables, nftables = config.resolved("iptables"), config.resolved("nftables")
-    assert (iptables.mode, iptables.backend.masquerade_bit, iptables.effective_node_port_addresses) == (
-        "iptables",
-        1,
-        (),
-    )
-    assert (nftables.mode, nftables.backend.masquerade_bit) == ("nftables", 2)
-    assert nftables.effective_node_port_addresses == ("primary",)
-    assert as_document(nftables)["mode"] == "nftables"
-
-
-def test_configured_mode_cannot_be_overridden() -> None:
-    config = load("mode: nftables")
-    assert config.resolved("nftables") == config
-    with pytest.raises(ValueError, match="cannot use iptables mode: the configuration says nftables"):
-        config.resolved("iptables")
 
 
 def test_flush_frequency_is_a_duration_or_nanoseconds() -> None:
@@ -328,12 +318,6 @@ def test_sync_periods_of_the_inactive_mode_are_not_checked() -> None:
     text = "nftables: {minSyncPeriod: 1m, syncPeriod: 1s}\n"
     assert load(text).nftables.min_sync_period == 60.0
     assert "nftables.minSyncPeriod: must not exceed" in load_error(HEADER + text + "mode: nftables")
-
-
-@pytest.mark.parametrize("mode", ["iptables", "nftables"])
-def test_sync_periods_of_both_modes_are_checked_if_the_mode_is_automatic(mode: str) -> None:
-    message = f"kp.yaml:4: {mode}.minSyncPeriod: must not exceed {mode}.syncPeriod (1s), but is 1m0s"
-    assert load_error(HEADER + f'mode: ""\n{mode}: {{minSyncPeriod: 1m, syncPeriod: 1s}}') == message
 
 
 @pytest.mark.parametrize(
@@ -437,9 +421,9 @@ def test_sync_periods_of_both_modes_are_checked_if_the_mode_is_automatic(mode: s
             'or one of each IP family separated by a comma, not "10.0.0.0/8,11.0.0.0/8"',
         ),
         (
-            "nodePortAddresses:\n- 10.0.0.0/8\n- primary",
+            "nodePortAddresses:\n- primary\n- Localhost",
             "kp.yaml:5: nodePortAddresses[1]: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
-            'or primary as the only entry, not "primary"',
+            'primary, localhost or all, not "Localhost"',
         ),
         ("nodePortAddresses: 10.0.0.0/8", 'kp.yaml:3: nodePortAddresses: must be a list, not "10.0.0.0/8"'),
         ("nodePortAddresses: [1]", "kp.yaml:3: nodePortAddresses[0]: must be a string, not 1"),
@@ -555,6 +539,20 @@ def test_settings_without_effect_are_warnings() -> None:
     assert load_warnings("featureGates: {B: true, A: false, NFTablesProxyMode: false, LoadBalancerIPMode: true}") == [
         "kp.yaml:3: featureGates: unknown feature gates, no effect: A, B",
         "kp.yaml:3: featureGates: cannot be disabled in kproxy: NFTablesProxyMode",
+    ]
+
+
+@pytest.mark.parametrize("enabled", ["true", "false"])
+@pytest.mark.parametrize("gate", ["KubeProxyIPVS", "KubeProxyNFTablesLocalhostNodePorts"])
+def test_gates_that_may_have_either_value_cause_no_warning(gate: str, enabled: str) -> None:
+    assert load(f"featureGates: {{{gate}: {enabled}}}").feature_gates == {gate: enabled == "true"}
+
+
+@pytest.mark.parametrize("gate", ["NFTablesNetlink", "RelaxedServiceNameValidation"])
+def test_gates_of_features_that_are_always_enabled(gate: str) -> None:
+    assert load(f"featureGates: {{{gate}: true}}").feature_gates == {gate: True}
+    assert load_warnings(f"featureGates: {{{gate}: false}}") == [
+        f"kp.yaml:3: featureGates: cannot be disabled in kproxy: {gate}"
     ]
 
 

@@ -158,10 +158,9 @@ def test_empty_mode_flag_overrides_the_mode_of_the_file() -> None:
 
 def test_masquerade_all_applies_to_both_modes_and_masquerade_bit_to_iptables() -> None:
     config = with_flags("--masquerade-all", "--iptables-masquerade-bit=3", "--proxy-mode=")
-    iptables, nftables = config.resolved("iptables").backend, config.resolved("nftables").backend
-    assert iptables.masquerade_all
-    assert nftables.masquerade_all
-    assert (iptables.masquerade_bit, nftables.masquerade_bit) == (3, 14)
+    assert config.iptables.masquerade_all
+    assert config.nftables.masquerade_all
+    assert (config.iptables.masquerade_bit, config.nftables.masquerade_bit) == (3, 14)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +195,9 @@ def test_flags_for_listen_addresses(arguments: tuple[str, ...], healthz: str, me
         ),
         ("--proxy-mode=x", '--proxy-mode: must be iptables, nftables or "", not "x"'),
         (
-            "--nodeport-addresses=10.0.0.0/8,x",
+            "--nodeport-addresses=10.0.0.0/8,primary,x",
             "--nodeport-addresses: must be a CIDR (such as 10.244.0.0/16 or fd00::/64), "
-            'or primary as the only entry, not "x"',
+            'primary, localhost or all, not "x"',
         ),
         ("--feature-gates=A", '--feature-gates: must be NAME=true or NAME=false, not "A"'),
         ("--feature-gates=A=2", '--feature-gates: A: must be true or false, not "2"'),

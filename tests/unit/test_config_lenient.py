@@ -46,7 +46,11 @@ UNKNOWN_FIELDS = {
         Config(),
         [f"kp.yaml:3: conntrack.max: {NO_LONGER}", "kp.yaml:6: metadata: unknown field"],
     ),
-    "metadata": ("metadata:\n  name: config\nmode: iptables\n", Config(), ["kp.yaml:3: metadata: unknown field"]),
+    "metadata": (
+        "metadata:\n  name: config\nmode: iptables\n",
+        Config(mode="iptables"),
+        ["kp.yaml:3: metadata: unknown field"],
+    ),
     "field of another section": (
         "ipvs:\n  masqueradeAll: true\n",
         Config(),
@@ -111,7 +115,7 @@ def test_last_value_of_a_duplicate_key_applies() -> None:
     )
     problems = ["kp.yaml:8: mode: duplicate key", "kp.yaml:7: iptables.masqueradeBit: duplicate key"]
     config, warnings = lenient(text)
-    assert config == Config(iptables=IPTables(masquerade_bit=3))
+    assert config == Config(mode="iptables", iptables=IPTables(masquerade_bit=3))
     assert sorted(warnings) == sorted(f"{problem} (the last value applies)" for problem in problems)
     assert sorted(strict_problems(text)) == sorted(problems)
 

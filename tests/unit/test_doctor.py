@@ -50,6 +50,7 @@ BROKEN: list[tuple[str, str, HostFacts]] = [
     ("IPv6Disabled", "warning", replace(host.settings(ipv6=True), ipv6_kernel=False)),
     ("IptablesMissing", "error", host.iptables((), problem="iptables: No such file or directory")),
     ("IptablesOld", "warning", host.iptables((1, 8, 2))),
+    ("ModeNotSet", "info", host.settings(mode="iptables", mode_is_set=False)),
     ("IptablesWithoutRandomFully", "info", host.iptables((1, 6, 1), variant="legacy")),
     ("NftMissing", "info", replace(SOUND, nft_version="")),
     ("OpenFilesLow", "warning", replace(SOUND, open_files=256)),

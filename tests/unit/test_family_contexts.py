@@ -11,7 +11,7 @@ from pyroute2 import IPRoute, NetlinkError
 
 from kproxy.app.context_factory import ContextFactory
 from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context
-from kproxy.app.node_port_addresses import localhost_node_ports, node_port_warning
+from kproxy.app.node_port_addresses import depends_on_interfaces, localhost_node_ports, node_port_warning
 from kproxy.config import Config, load_config
 from kproxy.model.context import Context
 from kproxy.model.sync_report import SyncError
@@ -59,11 +59,9 @@ def test_settings_that_do_not_depend_on_the_mode(mode: str) -> None:
     assert (ctx.local_traffic.cidr, ctx.random_fully) == ("10.244.0.0/16", True)
 
 
-def test_context_without_a_mode_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no mode has been chosen yet"):
-        context('""')
-    with pytest.raises(ValueError, match="no mode has been chosen yet"):
-        localhost_node_ports(configured('""'), Family.IPV4)
+def test_mode_that_is_not_set_means_iptables() -> None:
+    assert context('""') == context("iptables")
+    assert localhost_node_ports(configured('""'), Family.IPV4)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +74,20 @@ def test_context_without_a_mode_is_an_error() -> None:
         ("['::/0']", Family.IPV6, None, None),
         ("[0.0.0.0/0]", Family.IPV6, None, None),  # no CIDR of the family: not restricted
         ("[127.0.0.0/8]", Family.IPV4, ("127.0.0.1", "127.0.0.2"), ()),
-        ("['::1/128']", Family.IPV6, ("::1",), ()),
+        ("['::1/128']", Family.IPV6, (), ()),
+        ("[127.0.0.0/8]", Family.IPV6, None, None),
+        ("[localhost]", Family.IPV4, ("127.0.0.1", "127.0.0.2"), ()),
+        ("[localhost]", Family.IPV6, (), ()),
+        ("[all]", Family.IPV4, None, None),
+        ("[all]", Family.IPV6, None, None),
+        ("[primary, localhost, 'fd00::/8']", Family.IPV4, ("10.99.0.2", "127.0.0.1", "127.0.0.2"), ("10.99.0.2",)),
+        ("[localhost, primary, 'fd00::/8']", Family.IPV6, ("fd00::2",), ("fd00::2",)),
+        ("[192.168.0.0/16, primary]", Family.IPV4, ("10.99.0.2", "192.168.0.1"), ("10.99.0.2", "192.168.0.1")),
+        ("[primary, 10.99.0.0/24]", Family.IPV4, ("10.99.0.2",), ("10.99.0.2",)),
+        ("[primary, 10.99.0.0/24]", Family.IPV6, ("fd00::2",), ("fd00::2",)),
+        ("[primary, '::/0']", Family.IPV6, None, None),
+        ("[primary, '::/0']", Family.IPV4, ("10.99.0.2",), ("10.99.0.2",)),
+        ("[primary, localhost, all]", Family.IPV6, None, None),
         (
             "[127.0.0.0/8, 10.0.0.0/8]",
             Family.IPV4,
@@ -94,8 +105,55 @@ def test_node_port_addresses(
     assert context("nftables", text, family).node_port_addresses == nftables
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_loopback_addresses_are_selected_only_if_they_can_have_node_ports(mode: str) -> None:
+    text = "iptables: {localhostNodePorts: false}\nnodePortAddresses: [localhost, 10.0.0.0/8]"
+    assert context(mode, text).node_port_addresses == ("10.99.0.2",)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_primary_is_ignored_on_a_node_with_a_loopback_address(mode: str) -> None:
+    node = Node("node-1", addresses=("127.0.0.1",))
+    assert context(mode, "nodePortAddresses: [primary]", node=node).node_port_addresses is None
+    text = "nodePortAddresses: [primary, 192.168.0.0/16]"
+    assert context(mode, text, node=node).node_port_addresses == ("192.168.0.1",)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("setting", "depends"),
+    [
+        ("[]", False),
+        ("[primary]", False),
+        ("[primary, all]", False),
+        ("[all, 10.0.0.0/8, 'fd00::/8']", False),
+        ("[0.0.0.0/0, 10.0.0.0/8]", False),
+        ("[0.0.0.0/0, 'fd00::/8']", True),
+        ("[primary, 10.0.0.0/8]", True),
+        ("[126.0.0.0/7]", True),
+        ("['::1/128']", False),
+    ],
+)
+def test_interface_addresses_matter_only_if_cidrs_select_some(mode: str, setting: str, depends: bool) -> None:
+    assert depends_on_interfaces(configured(mode, f"nodePortAddresses: {setting}")) is depends
+
+
+def test_loopback_addresses_of_interfaces_matter_only_if_they_can_have_node_ports() -> None:
+    text = "nodePortAddresses: [primary, localhost]"
+    assert depends_on_interfaces(configured("iptables", text))
+    assert not depends_on_interfaces(configured("iptables", f"{text}\niptables: {{localhostNodePorts: false}}"))
+    assert not depends_on_interfaces(configured("nftables", text))
+
+
 @pytest.mark.parametrize("node", [None, Node("node-1")])
-@pytest.mark.parametrize(("mode", "text"), [("nftables", ""), ("iptables", "nodePortAddresses: [primary]")])
+@pytest.mark.parametrize(
+    ("mode", "text"),
+    [
+        ("nftables", ""),
+        ("iptables", "nodePortAddresses: [primary]"),
+        ("nftables", "nodePortAddresses: [primary, 172.16.0.0/12, localhost]"),
+    ],
+)
 def test_unknown_primary_addresses_are_reported(mode: str, text: str, node: Node | None) -> None:
     ctx = context(mode, text, node=node)
     assert ctx.node_port_addresses == ()
@@ -108,6 +166,15 @@ def test_missing_addresses_of_a_single_stack_node_are_not_reported() -> None:
     ctx = context("nftables", family=Family.IPV6, node=node)
     assert ctx.node_port_addresses == ()
     assert node_port_warning(configured("nftables"), node, ctx) == ""
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("setting", ["[primary]", "[primary, localhost]", "[localhost]"])
+def test_keywords_that_select_nothing_on_a_single_stack_node_are_not_reported(mode: str, setting: str) -> None:
+    node, text = Node("node-1", addresses=("10.99.0.2",)), f"nodePortAddresses: {setting}"
+    ctx = context(mode, text, Family.IPV6, node)
+    assert ctx.node_port_addresses == ()
+    assert node_port_warning(configured(mode, text), node, ctx) == ""
 
 
 @pytest.mark.parametrize(
@@ -136,6 +203,9 @@ LOOPBACK = "; nftables mode has no NodePorts on loopback addresses"
         ("nftables", "[127.0.0.0/8]", Family.IPV4, f"(127.0.0.0/8){LOOPBACK}"),
         ("nftables", "[126.0.0.0/7]", Family.IPV4, f"(126.0.0.0/7){LOOPBACK}"),
         ("nftables", "['::1/128']", Family.IPV6, f"(::1/128){LOOPBACK}"),
+        ("nftables", "[localhost, 172.16.0.0/12]", Family.IPV4, f"(localhost, 172.16.0.0/12){LOOPBACK}"),
+        ("nftables", "[localhost, 172.16.0.0/12]", Family.IPV6, f"(localhost){LOOPBACK}"),
+        ("iptables", "[localhost]", Family.IPV6, "(localhost); iptables mode has no NodePorts on ::1"),
     ],
 )
 def test_node_port_cidrs_without_a_local_address_are_reported(
@@ -153,6 +223,12 @@ def test_warning_does_not_mention_loopback_in_iptables_mode() -> None:
     assert node_port_warning(configured("iptables", text), NODE, ctx).endswith(" (127.0.0.0/8)")
 
 
+def test_warning_mentions_disabled_localhost_node_ports() -> None:
+    text = "iptables: {localhostNodePorts: false}\nnodePortAddresses: [localhost]"
+    warning = node_port_warning(configured("iptables", text), NODE, context("iptables", text))
+    assert warning.endswith(" (localhost); iptables.localhostNodePorts is false")
+
+
 @pytest.mark.parametrize(
     ("mode", "settings", "enabled"),
     [
@@ -161,7 +237,13 @@ def test_warning_does_not_mention_loopback_in_iptables_mode() -> None:
         ("iptables", "nodePortAddresses: [127.0.0.0/8]", True),
         ("iptables", "nodePortAddresses: [10.0.0.0/8]", False),
         ("iptables", "nodePortAddresses: [primary]", False),
+        ("iptables", "nodePortAddresses: ['fd00::/8']", True),  # no CIDR of the family: not restricted
+        ("iptables", "nodePortAddresses: [primary, 'fd00::/8']", False),
+        ("iptables", "nodePortAddresses: [primary, localhost]", True),
+        ("iptables", "nodePortAddresses: [all]", True),
+        ("iptables", "nodePortAddresses: [localhost]\niptables: {localhostNodePorts: false}", False),
         ("nftables", "", False),
+        ("nftables", "nodePortAddresses: [localhost]", False),
         ("nftables", "nodePortAddresses: [0.0.0.0/0]", False),
         ("nftables", "iptables: {localhostNodePorts: true}", False),
     ],
