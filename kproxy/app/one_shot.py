@@ -36,9 +36,9 @@ def apply(config: Config, objects: str) -> None:
     of `SyncError` has one line for each failed family and for each rejected Service.
     """
     check_privileges()
+    store = load_store(config, objects)
     if warning := default_mode_warning(config):
         log.warning("%s", warning)
-    store = load_store(config, objects)
     families = make_families(config, [])
     tables = {family: UdpConntrack(family) for family in families}
     cleaner = ConntrackCleaner(tables, own_addresses, clock=time.monotonic, on_cleanup=lambda _: None)

@@ -53,7 +53,7 @@ PROXYING = (
     Flag(
         "proxy-mode",
         ("mode",),
-        "iptables or nftables (default: iptables, with a warning)",
+        "iptables (default) or nftables; if no mode is set, kproxy warns that the default will become nftables",
         metavar="MODE",
         choices=("iptables", "nftables"),
     ),

@@ -126,7 +126,14 @@ def _backend(kernel: RejectingIptables | RejectingTable) -> Backend:
     return NftablesBackend(kernel) if isinstance(kernel, RejectingTable) else IptablesBackend(kernel)
 
 
-def service(port: int = 53, node_port: int = 0, external_ips: Sequence[str] = (), *, local: bool = False) -> Upsert:
+def service(
+    port: int = 53,
+    node_port: int = 0,
+    external_ips: Sequence[str] = (),
+    vips: Sequence[str] = (),
+    *,
+    local: bool = False,
+) -> Upsert:
     """Return the Service. With `local`, both of its traffic policies are Local."""
     found = Service(
         "demo",
@@ -134,6 +141,7 @@ def service(port: int = 53, node_port: int = 0, external_ips: Sequence[str] = ()
         tuple(CLUSTER_IPS.values()),
         (ServicePort("dns", port, "UDP", node_port),),
         external_ips=tuple(external_ips),
+        vips=tuple(vips),
         internal_local=local,
         external_local=local,
     )
@@ -141,9 +149,9 @@ def service(port: int = 53, node_port: int = 0, external_ips: Sequence[str] = ()
 
 
 def slices(
-    *pods: Host, port: int = 8053, terminating: bool = False, elsewhere: Sequence[Host] = ()
+    *pods: Host, port: int = 8053, terminating: bool = False, serving: bool = True, elsewhere: Sequence[Host] = ()
 ) -> tuple[Upsert, ...]:
-    """Return the Service's slices. The pods in `elsewhere` run on node-2. Terminating pods still serve."""
+    """Return the Service's slices. The pods in `elsewhere` run on node-2. Terminating pods may still serve."""
     return tuple(
         Upsert(
             EndpointSlice(
@@ -152,7 +160,9 @@ def slices(
                 "demo/dns",
                 family,
                 tuple(
-                    Endpoint(pod.address(version), node, ready=not terminating, serving=True, terminating=terminating)
+                    Endpoint(
+                        pod.address(version), node, ready=not terminating, serving=serving, terminating=terminating
+                    )
                     for node, hosts in ((NODE, pods), ("node-2", elsewhere))
                     for pod in hosts
                 ),
@@ -417,6 +427,33 @@ def test_node_port_and_external_ip_flows_move_too(
     assert [flow.ask() for flow in flows] == ["pod-1", "pod-1"]
     proxy.sync(*slices(pod(2)))
     assert [flow.ask() for flow in flows] == ["pod-2", "pod-2"]
+    for flow in flows:
+        flow.close()
+
+
+@BOTH_MODES
+@VERSIONS
+@pytest.mark.parametrize("change", ["last endpoint removed", "last endpoint not serving", "Service deleted"])
+def test_flows_to_every_frontend_end_with_the_last_serving_endpoint(
+    lab: Lab, pod: AddPod, client: Host, outsider: Host, *, version: int, mode: str, change: str
+) -> None:
+    external_ips, vips = ("203.0.113.7", "2001:db8:7::7"), ("203.0.113.8", "2001:db8:7::8")
+    one = pod(1)
+    proxy = UdpProxy(lab, service(53, NODE_PORT, external_ips, vips), *slices(one), mode=mode)
+    flows = [
+        UdpClient(lab, client, CLUSTER_IPS[version]),
+        UdpClient(lab, outsider, lab.node.address(version), NODE_PORT),
+        UdpClient(lab, outsider, external_ips[version == 6]),
+        UdpClient(lab, outsider, vips[version == 6]),
+    ]
+    assert [flow.ask() for flow in flows] == ["pod-1"] * 4
+    changes: dict[str, tuple[Delta, ...]] = {
+        "last endpoint removed": slices(),
+        "last endpoint not serving": slices(one, terminating=True, serving=False),
+        "Service deleted": DELETED,
+    }
+    proxy.sync(*changes[change])
+    assert [flow.entries() for flow in flows] == [{}] * 4
     for flow in flows:
         flow.close()
 
