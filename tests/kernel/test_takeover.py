@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,50 @@ def test_takeover_from_iptables_to_nftables_mode(
 def test_takeover_from_nftables_to_nftables_mode(lab: Lab, servers: Servers, tmp_path: Path, scenario: str) -> None:
     load_nftables_mode(lab.node.namespace, scenario)
     take_over(lab, scenario, targets_of(lab, servers, scenario), tmp_path, "nftables")
+
+
+@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+@pytest.mark.parametrize("scenario", [scenario for scenario, _ in SWAPS])
+def test_takeover_of_nftables_rules_in_the_style_of_kube_proxy_1_37(
+    lab: Lab, servers: Servers, tmp_path: Path, scenario: str, mode: str
+) -> None:
+    for name in NFT_FILES:
+        lab.node.namespace.run(["nft", "-f", "-"], in_style_of_1_37((GOLDEN / scenario / name).read_text()))
+    assert not no_rules_of_other_mode(lab.node.namespace, "iptables")
+    take_over(lab, scenario, targets_of(lab, servers, scenario), tmp_path, mode)
+
+
+def in_style_of_1_37(recording: str) -> str:
+    """Return a table of kube-proxy 1.36 with what 1.37 changes: its exact rules were not recorded.
+
+    A Service port with one endpoint has a plain dnat, and NodePorts on localhost are rejected and counted by rules and
+    elements with names that kproxy does not know.
+    """
+    one = re.compile(r"(meta l4proto \w+) dnat (ip6?) to numgen random mod 1 map \{ 0 : (\S+) \. (\d+) \}")
+    text, count = one.subn(lambda match: f"{match[1]} dnat to {_socket(match[3], match[4])}", recording)
+    assert count or text.startswith("table ip6"), "the recordings have IPv4 Services only"
+    assert text.rstrip().endswith("}")
+    loopback = "ip6 daddr ::1" if text.startswith("table ip6") else "ip daddr 127.0.0.0/8"
+    return f"""{text.rstrip()[:-1]}
+        counter localhost-nodeport-rejected {{
+        }}
+        map localhost-nodeports {{
+                type inet_proto . inet_service : verdict
+                elements = {{ tcp . 30999 : goto reject-localhost-nodeport }}
+        }}
+        chain reject-localhost-nodeport {{
+                counter name "localhost-nodeport-rejected" reject
+        }}
+        chain localhost-nodeport-output {{
+                type filter hook output priority filter; policy accept;
+                {loopback} meta l4proto . th dport vmap @localhost-nodeports
+        }}
+}}
+"""
+
+
+def _socket(address: str, port: str) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def targets_of(lab: Lab, servers: Servers, scenario: str) -> list[Target]:
