@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.lab import objects, proxy
 from tests.lab.client import Answered, Refused, TimedOut, send_request
@@ -158,3 +159,23 @@ def test_ranges_beside_keywords_follow_the_addresses_of_interfaces(
         add_addresses(namespace, "lo", prefixed)
         wait_until(lambda: "other" in reachable(lab, outsider, version), f"NodePorts answer at {other}")
         assert "primary" in reachable(lab, outsider, version)
+
+
+@BOTH_MODES
+def test_primary_addresses_follow_the_node_and_outlive_it(lab: Lab, web: Path, mode: str) -> None:
+    outsider = lab.add_client("outsider", "198.51.100.10", "2001:db8:51::10")
+    _, *others = yaml.safe_load_all((web / "web.yaml").read_text())
+    with proxy.Daemon(
+        lab, web, web / "kproxy.log", mode_flag(mode), "--nodeport-addresses=primary,localhost"
+    ) as daemon:
+        daemon.wait_until_synced()
+        assert all("primary" in reachable(lab, outsider, version) for version in FAMILIES)
+        objects.write(web / "web.yaml", [objects.node(addresses=OTHER_ADDRESSES), *others])
+        for version in FAMILIES:
+            wait_until(lambda version=version: "other" in reachable(lab, outsider, version), "the new primary address")
+            assert "primary" not in reachable(lab, outsider, version)
+        marker = "10.96.0.99"
+        objects.write(web / "web.yaml", [*others, objects.service("marker", marker)])
+        wait_until(lambda: marker in rules_of(mode, lab.node.namespace).text(), "the change without the Node is synced")
+        assert all("other" in reachable(lab, outsider, version) for version in FAMILIES)
+        assert daemon.is_up()
