@@ -1,4 +1,4 @@
-"""The table of the Linux flags of kube-proxy 1.36, except those that `config/flags.py` adds, such as `--config`."""
+"""The table of the Linux flags of kube-proxy 1.38, except those that `config/flags.py` adds, such as `--config`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration of kube-proxy 1.36: every field of `KubeProxyConfiguration` v1alpha1, with its default. Pure.
+"""The configuration of kube-proxy 1.38: every field of `KubeProxyConfiguration` v1alpha1, with its default. Pure.
 
 Fields have the same meaning as in the configuration file. Names are in snake case: `masqueradeBit` is `masquerade_bit`.
 The docstrings note which fields have no effect in kproxy. Durations are in seconds. The section `kproxy` contains

@@ -15,7 +15,7 @@ NAME = "kproxy"
 GROUP = "config.k8s.io"
 VERSIONS = ("v1beta1", "v1alpha1")
 """The supported API versions of the kinds Statusz and Flagz. The fields are the same in both versions."""
-EMULATION = "1.36"
+EMULATION = "1.38"
 """The Kubernetes version of the kube-proxy that kproxy replaces."""
 
 

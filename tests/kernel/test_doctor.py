@@ -381,3 +381,19 @@ def test_text_fits_100_columns_and_has_a_summary(node: Namespace) -> None:
     assert lines[0].startswith("Node ")
     assert lines[2].startswith("error    IPForwardingDisabled: ")
     assert lines[-1].startswith("1 error, ")
+
+
+@pytest.mark.parametrize(
+    ("setting", "reported"),
+    [("primary", False), ("primary,localhost", True), ("all", True), ("10.0.0.0/8", False), ("fd00::/8", True)],
+)
+def test_route_localnet_matters_only_for_node_ports_on_localhost(
+    sound: Namespace, setting: str, *, reported: bool
+) -> None:
+    report = doctor(sound, "--proxy-mode=iptables", f"--nodeport-addresses={setting}")
+    assert ("RouteLocalnetUnset" in severities(report)) is reported
+
+
+def test_mode_that_is_not_set_is_reported(sound: Namespace) -> None:
+    assert severities(doctor(sound))["ModeNotSet"] == "info"
+    assert "ModeNotSet" not in severities(doctor(sound, "--proxy-mode=iptables"))

@@ -485,6 +485,23 @@ def test_diff_against_another_configuration(
     assert main(arguments) == 0
 
 
+def test_diff_against_other_node_port_addresses(
+    files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    header = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n"
+    arguments = ["diff", f"--objects={files[0]}", f"--against-config={config}", *FLAGS]
+    config.write_text(f"{header}nodePortAddresses: [primary, localhost]\n")
+    assert main(arguments) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "NodePorts accept connections to 10.99.0.2, 127.0.0.1 instead of all local addresses" in text
+    config.write_text(f"{header}nodePortAddresses: [all]\n")
+    assert main(arguments) == 1
+    assert "NodePorts accept connections" not in capsys.readouterr().out, "all is the default in iptables mode"
+    config.write_text(f"{header}mode: iptables\n")
+    assert main(arguments) == 0, "iptables is the mode that is used if none is set"
+
+
 def test_diff_of_a_dump(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dump = tmp_path / "rules"
     dump.write_text("*nat\n:PREROUTING ACCEPT [0:0]\n:KUBE-SERVICES - [0:0]\n-A PREROUTING -j ACCEPT\nCOMMIT\n")

@@ -51,7 +51,7 @@ def test_statusz_as_text() -> None:
         "Up: 0 hr 00 min 16 sec",
         "Python version: 3.11.7 (CPython)",
         "Binary version: 0.1.0",
-        "Emulation version: 1.36",
+        "Emulation version: 1.38",
         "Paths: /metrics /statusz",
         "",
     ]
@@ -82,7 +82,7 @@ def test_statusz_and_flagz_as_json(version: str) -> None:
             "startTime": "2024-10-16T21:03:43Z",
             "uptimeSeconds": 16,
             "binaryVersion": "0.1.0",
-            "emulationVersion": "1.36",
+            "emulationVersion": "1.38",
             "paths": ["/metrics", "/statusz"],
         },
         "Flagz": {"kind": "Flagz", **head, "flags": FLAGS},
