@@ -5,6 +5,7 @@ The value is any mix of CIDRs and keywords.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ def reachable(lab: Lab, client: Host, version: int) -> set[str]:
     return answered
 
 
+def answers_at_other(lab: Lab, client: Host, version: int) -> bool:
+    """Return whether the NodePort answers at the address that is not the primary one."""
+    return "other" in reachable(lab, client, version)
+
+
 SETTINGS = {
     "": "primary other localhost",
     "all": "primary other localhost",
@@ -172,7 +178,7 @@ def test_primary_addresses_follow_the_node_and_outlive_it(lab: Lab, web: Path, m
         assert all("primary" in reachable(lab, outsider, version) for version in FAMILIES)
         objects.write(web / "web.yaml", [objects.node(addresses=OTHER_ADDRESSES), *others])
         for version in FAMILIES:
-            wait_until(lambda version=version: "other" in reachable(lab, outsider, version), "the new primary address")
+            wait_until(partial(answers_at_other, lab, outsider, version), "NodePorts answer at the new primary address")
             assert "primary" not in reachable(lab, outsider, version)
         marker = "10.96.0.99"
         objects.write(web / "web.yaml", [*others, objects.service("marker", marker)])
