@@ -19,7 +19,6 @@ from kproxy.diagnose.difference import DryRun, RulesDifference
 from kproxy.diagnose.difference_objects import ObjectsDifference
 from kproxy.diagnose.report import schema
 from kproxy.host.ctnetlink import count_flows
-from kproxy.host.nf_tables import current_generation
 from kproxy.model.types import Family
 from kproxy.nftables import names
 from kproxy.nftables.elements import service_key
@@ -337,11 +336,10 @@ def test_flows_of_each_family_are_counted(node: Namespace, protocol: str, name: 
     assert node.call(lambda: count_flows(Family.IPV6)) == {(name, "[fd00:96::10]:80", "[fd00:244::6]:8080"): 1}
 
 
-def test_the_mode_is_chosen_without_a_commit(node: Namespace, objects: Path, nft: None) -> None:
-    generation = node.call(current_generation)
+def test_dry_run_without_a_mode_is_that_of_iptables_mode(node: Namespace, objects: Path) -> None:
     code, found = report(node, DryRun, "apply", *flags(objects, ""), "--dry-run")
-    assert (code, found["mode"]) == (0, "nftables")
-    assert node.call(current_generation) == generation
+    assert (code, found["mode"]) == (0, "iptables")
+    assert "KUBE-SERVICES" not in node.run(["iptables-save"]).stdout
 
 
 @BOTH_MODES

@@ -151,7 +151,7 @@ def test_loopback_addresses_of_interfaces_matter_only_if_they_can_have_node_port
     [
         ("nftables", ""),
         ("iptables", "nodePortAddresses: [primary]"),
-        ("nftables", "nodePortAddresses: [primary, 172.16.0.0/12, localhost]"),
+        ("nftables", "nodePortAddresses: [primary, 172.16.0.0/12]"),
     ],
 )
 def test_unknown_primary_addresses_are_reported(mode: str, text: str, node: Node | None) -> None:
