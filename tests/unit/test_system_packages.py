@@ -132,7 +132,7 @@ def test_failed_installation_is_an_error(tmp_path: Path, install: str, message: 
 @pytest.mark.parametrize("arguments", [[], ["apt"], ["Tests"]])
 def test_unknown_arguments_are_a_usage_error(arguments: list[str]) -> None:
     done = subprocess.run(["/bin/sh", str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "usage: packages.sh tests|image|fresh\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "usage: packages.sh tests|image|fresh|kernels\n")
 
 
 def test_python_version_selects_its_packages(tmp_path: Path) -> None:
