@@ -95,14 +95,12 @@ CHECKS = (
             *_protocol("TCP"),
             *_each_mode_and_version("traffic.py::test_hairpin_traffic_is_masqueraded"),
             *_each_mode_and_version("traffic.py::test_open_connection_outlives_the_rules_of_its_endpoint"),
-            *_each_mode_and_version("traffic.py::test_session_affinity_survives_a_change_of_other_endpoints"),
         ),
     ),
     Check("UDP", (*_protocol("UDP"), "udp_flows.py::test_flow_moves_to_the_replacement_of_its_endpoint")),
     Check(
         "SCTP",
         (
-            *_protocol("SCTP"),
             "sctp.py::test_endpoints_share_the_associations_of_every_frontend",
             "sctp.py::test_associations_from_outside_and_to_the_own_pod_are_masqueraded",
             "sctp.py::test_policy_local_keeps_the_source",
@@ -129,7 +127,7 @@ CHECKS = (
         ),
     ),
     Check(
-        "IPVS clean-up",
+        "IPVS cleanup",
         (
             "ipvs_leftovers.py::test_virtual_servers_with_destinations_are_removed",
             "ipvs_leftovers.py::test_foreign_virtual_servers_are_kept",
