@@ -56,9 +56,9 @@ class Machine:
         file.write_text(text)
         file.chmod(0o755)
 
-    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, purpose: str = "tests", **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(self.directory / "bin/sh"), str(SCRIPT), "tests"],
+            [str(self.directory / "bin/sh"), str(SCRIPT), purpose],
             cwd=self.directory,
             env={"PATH": str(self.directory / "bin"), "SBIN": "/nonexistent"} | environment,
             capture_output=True,
@@ -105,6 +105,12 @@ def test_ordinary_user_with_sudo_gets_a_sudo_command(tmp_path: Path) -> None:
     fresh = machine(tmp_path, user=1000)
     (tmp_path / "bin/sudo").symlink_to("/bin/true")
     assert "packages; install them with: sudo apt-get update; sudo apt-get install " in fresh.run().stderr
+
+
+def test_packages_of_make_kernels_are_named(tmp_path: Path) -> None:
+    command = machine(tmp_path, user=1000).run("kernels").stderr.partition(" with: ")[2].split()
+    assert {"qemu-system-x86", "ipvsadm", "kmod"} <= set(command)
+    assert "gcc" not in command
 
 
 def test_compiler_is_not_needed_with_an_existing_virtual_environment(tmp_path: Path) -> None:
