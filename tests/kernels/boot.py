@@ -81,10 +81,10 @@ def _init(kernel: Kernel) -> str:
 
 def _qemu(kernel: Kernel, archive: Path, results: Path) -> list[str]:
     # KVM is not used: many virtual machines have none, or one that does not work. Without 5-level page tables, emulated
-    # memory accesses are cheaper.
+    # memory accesses are cheaper. A second processor makes the guest slower: most tests wait for one process at a time.
     return [
         *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-        *("-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", "2", "-m", MEMORY),
+        *("-accel", "tcg", "-cpu", "max,la57=off", "-smp", "1", "-m", MEMORY),
         *("-kernel", str(kernel.image), "-initrd", str(archive), "-append", KERNEL_ARGUMENTS),
         *("-chardev", f"file,id=console,path={results / 'console.txt'}", "-serial", "chardev:console"),
         *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),
