@@ -86,7 +86,7 @@ fresh: ## run `make demo` and `make test` on minimal Debian installations create
 	@sh tests/packages.sh fresh
 	@for release in $(RELEASES); do sh tests/fresh/fresh.sh "$$release" $(CHECKS) || exit; done
 
-kernels: setup ## test on stock kernels of Debian in QEMU, about 15 minutes each; needs the network; KERNELS="bookworm trixie sid"
+kernels: setup ## test on stock kernels of Debian in QEMU, about 10 minutes each; needs the network; KERNELS="bookworm trixie sid"
 	@sh tests/packages.sh kernels
 	@$(RUN) -m tests.kernels $(KERNELS)
 
