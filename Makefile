@@ -13,6 +13,9 @@ TESTS ?=
 RELEASES ?= bookworm trixie
 CHECKS ?= demo test
 
+# make kernels: Debian releases whose stock kernels are tested.
+KERNELS ?= bookworm trixie sid
+
 # make fuzz: duration in seconds, and the seed of the first turn; by default a random one, which the output shows.
 DURATION ?= 60
 SEED ?=
@@ -48,7 +51,7 @@ MODE ?=
 NODE_IMAGE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo recording test fuzz soak repair-times fresh check audit bench \
+.PHONY: help setup packages demo recording test fuzz soak repair-times fresh kernels check audit bench \
     image-pins image image-base image-test kind-up kind-test kind-down clean
 
 help: ## list these targets
@@ -82,6 +85,10 @@ fuzz: setup ## feed mutated inputs to all parsers for DURATION seconds, 60 by de
 fresh: ## run `make demo` and `make test` on minimal Debian installations created by debootstrap; needs root
 	@sh tests/packages.sh fresh
 	@for release in $(RELEASES); do sh tests/fresh/fresh.sh "$$release" $(CHECKS) || exit; done
+
+kernels: setup ## test on stock kernels of Debian in QEMU, about 10 minutes each; needs the network; KERNELS="bookworm trixie sid"
+	@sh tests/packages.sh kernels
+	@$(RUN) -m tests.kernels $(KERNELS)
 
 check: setup ## check formatting, lint and types
 	$(VENV)/bin/ruff format --check .

@@ -1,6 +1,6 @@
 #!/bin/sh
-# packages.sh tests|image|fresh: install missing Debian packages for the demo and the tests, `make image-test` or
-# `make fresh`. Run by an ordinary user, print the command that installs them, in one line.
+# packages.sh tests|image|fresh|kernels: install missing Debian packages for the demo and the tests, `make image-test`,
+# `make fresh` or `make kernels`. Run by an ordinary user, print the command that installs them, in one line.
 #
 # Environment:
 #   PYTHON   interpreter of the virtual environment, python3 by default
@@ -58,14 +58,24 @@ fresh() {
     need util-linux program unshare
 }
 
+kernels() {
+    need qemu-system-x86 program qemu-system-x86_64
+    need busybox-static file /bin/busybox
+    need debian-archive-keyring file /usr/share/keyrings/debian-archive-keyring.gpg
+    need apt program apt-get
+    need dpkg program dpkg-deb
+    need ipvsadm program ipvsadm
+    need kmod program depmod
+}
+
 apt() {
     # Wait for unattended upgrades, which many machines run directly after their first boot.
     apt-get -qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 "$@"
 }
 
 case ${1-} in
-tests | image | fresh) ;;
-*) echo "usage: packages.sh tests|image|fresh" >&2 && exit 2 ;;
+tests | image | fresh | kernels) ;;
+*) echo "usage: packages.sh tests|image|fresh|kernels" >&2 && exit 2 ;;
 esac
 "$1"
 [ -z "$missing" ] && exit 0

@@ -15,6 +15,7 @@ from kproxy.app.cleanup import VirtualServersRemainError, remove_all, remove_ipv
 from kproxy.app.first_sync import MAX_RETRY_SECONDS, FirstSyncSteps
 from kproxy.config import Config
 from kproxy.config.types import Mode
+from kproxy.host.commands import first_line
 from kproxy.ipvs import cleanup
 from kproxy.ipvs.cleanup import INTERFACE, SETS
 from kproxy.ipvs.ipset import IpsetEntry, set_entries, set_names
@@ -275,12 +276,18 @@ def test_set_entries_are_read(node: Namespace) -> None:
     }
 
 
-def test_foreign_virtual_servers_are_kept(node: Namespace) -> None:
+@pytest.fixture
+def ipvs(node: Namespace) -> None:
+    """Skip the test if this kernel has no IPVS. A virtual server that no kube-proxy created exists."""
     if shutil.which("ipvsadm") is None:
         pytest.skip("ipvsadm not found: it is in the Debian package ipvsadm")
     done = node.run(["ipvsadm", "-A", "-t", "192.0.2.50:80", "-s", "rr"], check=False)
     if done.returncode:
-        pytest.skip(f"this kernel has no IPVS: {done.stderr.strip()}")
+        pytest.skip(f"this kernel has no IPVS: {first_line(done.stderr)}")
+
+
+@pytest.mark.usefixtures("ipvs")
+def test_foreign_virtual_servers_are_kept(node: Namespace) -> None:
     create_leftovers(node)
     for server in (
         "-t 10.96.0.80:80",
@@ -295,6 +302,29 @@ def test_foreign_virtual_servers_are_kept(node: Namespace) -> None:
     remaining = {(found.address, found.port) for found in node.call(virtual_servers)}
     assert remaining == {("192.0.2.50", 80), ("192.0.2.10", 30080), ("10.96.0.80", 8080)}
     assert "FWM" in node.run(["ipvsadm", "-L", "-n"]).stdout
+
+
+@pytest.mark.parametrize("command", ["iptables", "nftables", "cleanup"])
+@pytest.mark.usefixtures("ipvs")
+def test_virtual_servers_with_destinations_are_removed(node: Namespace, command: str) -> None:
+    create_leftovers(node)
+    for server, destination in (
+        ("-t 10.96.0.80:80", "10.244.1.1:8080"),
+        ("-u 10.96.0.1:53", "10.244.1.1:5353"),
+        ("-t [fd00:10:96::80]:80", "[fd00:10:244:1::1]:8080"),
+    ):
+        node.run(["ipvsadm", "-A", *server.split(), "-s", "rr", "-p", "10800"])
+        node.run(["ipvsadm", "-a", *server.split(), "-r", destination, "-m"])
+    assert len(node.call(virtual_servers)) == 4
+    removed = f"3 virtual servers, {EVERYTHING}"
+    if command == "cleanup":
+        done = node.run([KPROXY, "run", "--cleanup"])
+        assert (done.stdout.splitlines()[-1], done.stderr) == (f"removed {removed} of ipvs mode", "")
+    else:
+        last = apply(node, command)[-1]
+        assert last.endswith(removed)
+    assert [(found.address, found.port) for found in node.call(virtual_servers)] == [("192.0.2.50", 80)]
+    assert (leftover_rules(node), sets(node), has_interface(node)) == ([], [], False)
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from kproxy.model.types import Family
-from tests.lab.iptables import PREFIXES, add_counters, current_rules, restore_recording
+from tests.lab.iptables import PREFIXES, add_counters, current_rules, link_programs, programs_of, restore_recording
 from tests.lab.namespace import Namespace
 from tests.lab.proxy import KPROXY
 from tests.recordings import GOLDEN, SCENARIOS, recorded
@@ -18,6 +21,17 @@ def apply(node: Namespace, scenario: str) -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_apply_programs_the_rules_of_kube_proxy(node: Namespace, scenario: str) -> None:
+    apply(node, scenario)
+    for family in Family:
+        assert current_rules(node, family) == recorded(scenario, family)
+
+
+@pytest.mark.parametrize("scenario", ["random-11", "dual-stack", "session-affinity"])
+def test_both_variants_of_iptables_program_the_rules_of_kube_proxy(
+    node: Namespace, variant: str, scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link_programs(programs_of(variant), tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     apply(node, scenario)
     for family in Family:
         assert current_rules(node, family) == recorded(scenario, family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from typing import TypeAlias
@@ -11,7 +12,12 @@ from tests.lab.links import version_of
 from tests.lab.servers import FAMILIES, SOCKET_TYPES
 from tests.lab.topology import Host
 
+_IP_RECVERR = 11  # linux/in.h
 _IPV6_RECVERR = 25  # linux/in6.h
+
+_SCTP_RTOINFO = 0  # linux/sctp.h
+_SCTP_RTO = struct.pack("=iIII", 0, 200, 1_000, 100)
+"""`struct sctp_rtoinfo`: the association, and the initial, highest and lowest time in ms until a retransmission."""
 
 TIMEOUT = 5.0
 """Seconds until a request counts as unanswered. Only dropped packets take that long."""
@@ -90,6 +96,10 @@ def open_connection(
         if connection.family is socket.AF_INET6 and protocol == "TCP":
             # Otherwise a rejection that arrives while the SYN is being sent is seen only at the next SYN, 1 s later.
             connection.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
+        if protocol == "SCTP":
+            _prepare_sctp(connection)
+            # An unbound socket would offer all addresses of the host, which NAT does not translate.
+            source = source or origin.address(version_of(address))
         if source or source_port:
             connection.bind((source, source_port))
         connection.connect((address, port))
@@ -104,6 +114,15 @@ def complete_request(connection: socket.socket, protocol: str = "TCP") -> Answer
     text = _by_datagram(connection) if protocol == "UDP" else _by_http(connection)
     pod, source = text.split()
     return Answered(pod, source)
+
+
+def _prepare_sctp(connection: socket.socket) -> None:
+    """Report ICMP errors at once, or at the first retransmission if one arrives while the INIT is being sent."""
+    if connection.family is socket.AF_INET6:
+        connection.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVERR, 1)
+    else:
+        connection.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
+    connection.setsockopt(socket.IPPROTO_SCTP, _SCTP_RTOINFO, _SCTP_RTO)
 
 
 def _by_datagram(connection: socket.socket) -> str:

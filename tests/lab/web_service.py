@@ -1,4 +1,4 @@
-"""A Service with every kind of frontend, its pods and its clients, in nftables mode."""
+"""A Service with every kind of frontend, its pods and its clients."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ TRIES = 40
 class WebService:
     """A dual-stack Service in a lab with every kind of frontend, its pods and its clients."""
 
-    def __init__(self, lab: Lab, servers: Servers, folder: Path, protocol: str) -> None:
+    def __init__(self, lab: Lab, servers: Servers, folder: Path, protocol: str, mode: str = "nftables") -> None:
         self._lab = lab
+        self._mode = mode
         self._servers = servers
         self.folder = folder
         self.protocol = protocol
@@ -70,7 +71,7 @@ class WebService:
     def apply(self, found: Sequence[objects.Object], *flags: str) -> None:
         """Program these objects and the Node, and nothing else."""
         self.write(found)
-        proxy.apply(self._lab, self.folder, mode_flag("nftables"), *flags)
+        proxy.apply(self._lab, self.folder, mode_flag(self._mode), *flags)
 
     def write(self, found: Sequence[objects.Object]) -> None:
         """Write these objects and the Node, and nothing else."""

@@ -56,9 +56,9 @@ class Machine:
         file.write_text(text)
         file.chmod(0o755)
 
-    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, purpose: str = "tests", **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(self.directory / "bin/sh"), str(SCRIPT), "tests"],
+            [str(self.directory / "bin/sh"), str(SCRIPT), purpose],
             cwd=self.directory,
             env={"PATH": str(self.directory / "bin"), "SBIN": "/nonexistent"} | environment,
             capture_output=True,
@@ -107,6 +107,12 @@ def test_ordinary_user_with_sudo_gets_a_sudo_command(tmp_path: Path) -> None:
     assert "packages; install them with: sudo apt-get update; sudo apt-get install " in fresh.run().stderr
 
 
+def test_packages_of_make_kernels_are_named(tmp_path: Path) -> None:
+    command = machine(tmp_path, user=1000).run("kernels").stderr.partition(" with: ")[2].split()
+    assert {"qemu-system-x86", "ipvsadm", "kmod"} <= set(command)
+    assert "gcc" not in command
+
+
 def test_compiler_is_not_needed_with_an_existing_virtual_environment(tmp_path: Path) -> None:
     fresh = machine(tmp_path, user=1000)
     (tmp_path / ".venv").mkdir()
@@ -132,7 +138,7 @@ def test_failed_installation_is_an_error(tmp_path: Path, install: str, message: 
 @pytest.mark.parametrize("arguments", [[], ["apt"], ["Tests"]])
 def test_unknown_arguments_are_a_usage_error(arguments: list[str]) -> None:
     done = subprocess.run(["/bin/sh", str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "usage: packages.sh tests|image|fresh\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "usage: packages.sh tests|image|fresh|kernels\n")
 
 
 def test_python_version_selects_its_packages(tmp_path: Path) -> None:
