@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kproxy.app.family_contexts import interface_warning, local_traffic_warning, make_context
 from kproxy.app.foreign_chains import WatchfulBackend
+from kproxy.app.localhost_node_ports import wants_localhost_proxy
 from kproxy.app.node_port_addresses import node_port_warning
 from kproxy.config import Config, node_name
 from kproxy.config.types import PRIMARY
@@ -37,9 +39,12 @@ from kproxy.model.types import Family, Node, ServiceCIDR
 from kproxy.nftables import names
 from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable, OwnGenerations
-from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
+from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit, matches_sockets
 from kproxy.nftables.transaction import Transaction
 from kproxy.sync.family_sync import Backend, FamilySync
+
+if TYPE_CHECKING:
+    from kproxy.app.localhost_listeners import Listeners
 
 log = logging.getLogger(__name__)
 
@@ -134,19 +139,21 @@ def make_families(
     runners: list[IptablesRunner],
     own: OwnCommits | None = None,
     on_progress: Callable[[Family], object] = lambda _: None,
+    listeners: Listeners | None = None,
 ) -> dict[Family, FamilySync]:
     """Build the `FamilySync` of each IP family that works on this node. Raises `StartError` if none works.
 
     In iptables mode, appends the iptables runners to `runners`, so that another thread can stop them. Adds to `own`
     what is needed to watch the tables. While a sync of a family is running, `on_progress` is called each time the
-    kernel or iptables has accepted a part of it. Logs a warning if no interface of the node matches `detectLocal`.
+    kernel or iptables has accepted a part of it. `listeners` serves NodePorts on loopback addresses. Logs a warning if
+    no interface of the node matches `detectLocal`.
     """
     own = own or OwnCommits()
     if warning := interface_warning(config, [name for _, name in socket.if_nameindex()]):
         log.warning("%s", warning)
     if config.effective_mode == "iptables":
         return _iptables_families(config, runners, own, on_progress)
-    return _nftables_families(config, own, on_progress)
+    return _nftables_families(config, own, on_progress, listeners)
 
 
 def _iptables_families(
@@ -176,7 +183,7 @@ def _iptables_families(
 
 
 def _nftables_families(
-    config: Config, own: OwnCommits, on_progress: Callable[[Family], object]
+    config: Config, own: OwnCommits, on_progress: Callable[[Family], object], listeners: Listeners | None
 ) -> dict[Family, FamilySync]:
     try:
         commits = discover_nftables()
@@ -187,15 +194,31 @@ def _nftables_families(
     return {
         family: FamilySync(
             _watchful(
-                NftablesBackend(NftTable(family, _reporting(commit, partial(on_progress, family))), own.generations),
+                _listening(
+                    NftablesBackend(
+                        NftTable(family, _reporting(commit, partial(on_progress, family))), own.generations
+                    ),
+                    family,
+                    listeners if wants_localhost_proxy(config, family) else None,
+                ),
                 family,
                 names.TABLE,
             ),
-            ContextFactory(config, family, accounting=lambda: False, random_fully=True).make,
+            ContextFactory(
+                config, family, accounting=lambda: False, random_fully=True, has_proxy=listeners is not None
+            ).make,
             large_cluster_endpoints=math.inf,  # `large_cluster` changes nothing in nftables mode
         )
         for family, commit in commits.items()
     }
+
+
+def _listening(backend: Backend, family: Family, listeners: Listeners | None) -> Backend:
+    if listeners is None:
+        return backend
+    from kproxy.app.localhost_listeners import ListeningBackend  # noqa: PLC0415 - rarely used
+
+    return ListeningBackend(backend, family, listeners)
 
 
 def _watchful(backend: Backend, family: Family, *own_tables: str) -> WatchfulBackend:
@@ -215,12 +238,24 @@ def _reporting(commit: Commit, on_progress: Callable[[], object]) -> Commit:
 class ContextFactory:
     """Makes the contexts of one family and warns about settings that this node cannot satisfy."""
 
-    def __init__(self, config: Config, family: Family, *, accounting: Callable[[], bool], random_fully: bool) -> None:
-        """`accounting` returns whether nfacct counters are available. It is called for each context."""
+    def __init__(
+        self,
+        config: Config,
+        family: Family,
+        *,
+        accounting: Callable[[], bool],
+        random_fully: bool,
+        has_proxy: bool = False,
+    ) -> None:
+        """`accounting` returns whether nfacct counters are available. It is called for each context.
+
+        `has_proxy` is true if this process can serve NodePorts on loopback addresses in nftables mode.
+        """
         self._config = config
         self._family = family
         self._accounting = accounting
         self._random_fully = random_fully
+        self._has_proxy = has_proxy and wants_localhost_proxy(config, family)
         self._warnings: tuple[str, ...] = ()
 
     def make(self, node: Node | None) -> Context:
@@ -242,6 +277,8 @@ class ContextFactory:
             addresses,
             accounting=self._accounting(),
             random_fully=self._random_fully,
+            has_proxy=self._has_proxy,
+            can_hold=self._has_proxy and matches_sockets(self._family),
         )
         warnings = (node_port_warning(config, node, context), local_traffic_warning(config, node, context))
         for warning in warnings:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import cache
 
 from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, InconclusiveError
 from kproxy.host.netlink import BatchRejectedError, BatchSocket
@@ -20,6 +21,7 @@ from kproxy.nftables.encode import TransactionEncoder
 from kproxy.nftables.kernel import NetlinkCommit, NftCommit, TableError
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.render import render_service
+from kproxy.nftables.ruleset import Drop, MatchSocket, MatchSyn, NftChain, NftHook, rule
 from kproxy.nftables.transaction import Transaction
 
 log = logging.getLogger(__name__)
@@ -74,7 +76,29 @@ def unsupported_reason(family: Family) -> str:
     The batch is the one of `choose_commit` with a message of an unknown type at its end, so the kernel rejects it as a
     whole: other programs get no notification, and the generation ID stays the same. Raises `OSError`.
     """
-    messages = list(TransactionEncoder(family, PROBE_TABLE).encode(probe_transaction(family)))
+    return _rejection(family, probe_transaction(family))
+
+
+@cache
+def matches_sockets(family: Family) -> bool:
+    """Return whether rules can match packets for which a socket exists (nft_socket). Changes nothing."""
+    rules = (rule(MatchSyn(), MatchSocket(transparent=False), Drop()),)
+    chain = NftChain("sockets", rules, hook=NftHook("filter", "input", 0))
+    transaction = Transaction(create_table=True, added_chains=[chain], added_rules=[chain], delete_table=True)
+    try:
+        reason = _rejection(family, transaction)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        log.info(
+            "%s: NodePorts on loopback addresses refuse connections while kproxy restarts: %s", family.value, reason
+        )
+    return not reason
+
+
+def _rejection(family: Family, transaction: Transaction) -> str:
+    """Return why the kernel rejects a transaction, or "" if it would accept it. Changes nothing. Raises `OSError`."""
+    messages = list(TransactionEncoder(family, PROBE_TABLE).encode(transaction))
     batch = [(each.type, each.flags, each.payload) for each in messages]
     with BatchSocket(NFNL_SUBSYS_NFTABLES) as netlink:
         try:
