@@ -47,7 +47,7 @@ def node_port_warning(config: Config, node: Node | None, context: Context) -> st
     With `nodePortAddresses: [primary]`, no warning is returned for a Node that has only addresses of the other family,
     because single-stack clusters are normal.
     """
-    if context.node_port_addresses != ():
+    if context.node_port_addresses != () or context.localhost_traffic.startswith("proxy"):
         return ""
     family = context.family.value
     if config.effective_node_port_addresses == (PRIMARY,):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from msgspec import Struct
 
+from kproxy.model.context import Context
 from kproxy.model.endpoints import Sockets
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.types import Family
@@ -40,6 +41,12 @@ def forwards_locally(plan: ServicePortPlan) -> bool:
     With external traffic policy Local, only endpoints on this node count, as in kube-proxy.
     """
     return bool(plan.node_port and plan.protocol == "TCP" and plan.external is TrafficDecision.FORWARD)
+
+
+def proxied_address(context: Context, plan: ServicePortPlan) -> str:
+    """Return the loopback address on which kproxy serves the NodePort of a plan, or "" if it does not serve it."""
+    served = context.localhost_traffic in {"proxy", "proxy-hold"} and forwards_locally(plan)
+    return LISTEN_ADDRESSES[context.family] if served else ""
 
 
 def localhost_listeners(plans: Iterable[ServicePortPlan]) -> tuple[LocalhostListener, ...]:
