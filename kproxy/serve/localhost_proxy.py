@@ -100,6 +100,8 @@ class LocalhostProxy:
         self._listeners: dict[tuple[Family, int], Listener] = {}  # guarded by the lock
         self._failures: Counter[Family] = Counter()
         self._connections = 0
+        self._dialing: dict[ProxiedConnection, tuple[float, Listener]] = {}
+        self._timing = False
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self._limit = MAX_CONNECTIONS
         self._accepting = True
@@ -330,16 +332,25 @@ class LocalhostProxy:
                 continue
             connection.tried.append(endpoint)
             self._register(listener, connection)
-            self._call_later(DIAL_SECONDS, partial(self._time_out, listener, connection, len(connection.tried)))
+            self._dialing[connection] = (self._clock() + DIAL_SECONDS, listener)
+            if not self._timing:
+                self._timing = True
+                self._call_later(DIAL_SECONDS, self._time_out)
             return
 
-    def _time_out(self, listener: Listener, connection: ProxiedConnection, attempt: int) -> None:
-        is_pending = connection in listener.connections and connection.to_server is None
-        if is_pending and len(connection.tried) == attempt and connection.server is not None:
+    def _time_out(self) -> None:
+        """Give up on the attempts that take too long. The oldest one is the first."""
+        while self._dialing:
+            connection, (deadline, listener) = next(iter(self._dialing.items()))
+            if (remaining := deadline - self._clock()) > 0:
+                self._call_later(remaining, self._time_out)
+                return
             self._redial(listener, connection, os.strerror(errno.ETIMEDOUT))
+        self._timing = False
 
     def _redial(self, listener: Listener, connection: ProxiedConnection, reason: str) -> None:
         assert connection.server is not None
+        self._dialing.pop(connection, None)
         self._report_dial(listener, connection.tried[-1], reason)
         self._watch_socket(connection.server, connection.server_events, 0, (listener, connection))
         connection.server.close()
@@ -359,6 +370,7 @@ class LocalhostProxy:
             if failure := connection.server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self._redial(listener, connection, os.strerror(failure))
                 return
+            self._dialing.pop(connection, None)
             connection.connected()
         else:
             streams: tuple[Stream, Stream] = (connection.to_server, connection.to_client)
@@ -397,6 +409,7 @@ class LocalhostProxy:
 
     def _close(self, listener: Listener, connection: ProxiedConnection, *, reset: bool = False) -> None:
         listener.connections.discard(connection)
+        self._dialing.pop(connection, None)
         self._connections -= 1
         if connection.client_events:
             self._selector.unregister(connection.client)
