@@ -113,7 +113,13 @@ def _rejection(family: Family, transaction: Transaction) -> str:
 def probe_transaction(family: Family) -> Transaction:
     """Return a transaction that uses every feature that nftables mode needs. At the end, it deletes its table."""
     address, endpoint, network = _ADDRESSES[family]
-    context = Context(family, "", local_traffic=LocalTraffic(cidr=network), service_cidrs=(network,))
+    context = Context(
+        family,
+        "",
+        local_traffic=LocalTraffic(cidr=network),
+        service_cidrs=(network,),
+        localhost_traffic="reject",
+    )
     diff = NftablesDiff(NftablesLedger(), context, create=True)
     for port in (1, 2):
         plan = _plan(address, endpoint, port=port, affinity_seconds=port - 1)

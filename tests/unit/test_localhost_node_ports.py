@@ -51,14 +51,14 @@ def test_loopback_ranges_must_be_named(setting: tuple[str, ...], family: Family,
     assert names_loopback(setting, family) is named
 
 
-def config(mode: str, cidrs: str = "", **gates: bool) -> Config:
+def config(mode: str, cidrs: str = "", gate: bool | None = None) -> Config:
     text = "\n".join(
         [
             "apiVersion: kubeproxy.config.k8s.io/v1alpha1",
             "kind: KubeProxyConfiguration",
             f"mode: {mode}",
             f"nodePortAddresses: [{cidrs}]",
-            "featureGates: {" + ", ".join(f"{name}: {str(on).lower()}" for name, on in gates.items()) + "}",
+            "" if gate is None else f"featureGates: {{{GATE}: {str(gate).lower()}}}",
         ]
     )
     return load_config(text.encode(), "kp.yaml")[0]
@@ -70,11 +70,11 @@ def config(mode: str, cidrs: str = "", **gates: bool) -> Config:
         (config("nftables"), True, True, "reject"),
         (config("nftables", "10.0.0.0/8"), True, True, "reject"),
         (config("nftables", "127.0.0.0/8"), True, True, "proxy-hold"),
-        (config("nftables", "127.0.0.0/8", **{GATE: True}), True, True, "proxy-hold"),
+        (config("nftables", "127.0.0.0/8", gate=True), True, True, "proxy-hold"),
         (config("nftables", "127.0.0.0/8"), True, False, "proxy"),
         (config("nftables", "127.0.0.0/8"), False, True, "reject"),
-        (config("nftables", "127.0.0.0/8", **{GATE: False}), True, True, ""),
-        (config("nftables", **{GATE: False}), True, True, ""),
+        (config("nftables", "127.0.0.0/8", gate=False), True, True, ""),
+        (config("nftables", gate=False), True, True, ""),
         (config("iptables", "127.0.0.0/8"), True, True, ""),
     ],
 )
