@@ -149,24 +149,26 @@ def _localhost_chains(context: Context) -> Iterator[NftChain]:
 
     One counter for each protocol counts the rejected packets, under kube-proxy's names.
 
-    If kproxy serves NodePorts there, a packet that opens a connection is dropped while there is no socket for it. The
-    client sends the packet again, so the connection waits until kproxy listens. The rules look for any socket: it may
-    also be a connection in state TIME_WAIT, which the kernel replaces, or the socket of another program. Packets from
-    other hosts and from pods must not reach kproxy's socket, even if `route_localnet` is 1 (CVE-2020-8558).
+    If kproxy serves NodePorts there, packets from other hosts and from pods must not reach its sockets, even if
+    `route_localnet` is 1 (CVE-2020-8558). In addition, if the kernel can match sockets, a packet that opens a
+    connection is dropped while there is no socket for it. The client sends the packet again, so the connection waits
+    until kproxy listens. The rules look for any socket: it may also be a connection in state TIME_WAIT, which the
+    kernel replaces, or the socket of another program.
     """
     if not context.localhost_traffic:
         return
     to_loopback = MatchDaddr(LOOPBACK_NETWORKS[context.family].removesuffix("/128"))
-    if context.localhost_traffic == "proxy-hold":
-        address = MatchDaddr(LISTEN_ADDRESSES[context.family])
-        rules = (
-            rule(MatchIifname("lo", negate=True), Drop()),
-            rule(MatchSyn(negate=True), Return()),
-            rule(MatchSocket(transparent=False), Return()),
-            rule(MatchSocket(transparent=True), Return()),
-            rule(address, Drop(), comment="wait until kproxy listens"),
-        )
-        yield NftChain(names.LOCALHOST_PROXY, rules, "NodePorts that kproxy serves itself")
+    if context.localhost_traffic != "reject":
+        rules = [rule(MatchIifname("lo", negate=True), Drop())]
+        if context.localhost_traffic == "proxy-hold":
+            address = MatchDaddr(LISTEN_ADDRESSES[context.family])
+            rules += [
+                rule(MatchSyn(negate=True), Return()),
+                rule(MatchSocket(transparent=False), Return()),
+                rule(MatchSocket(transparent=True), Return()),
+                rule(address, Drop(), comment="wait until kproxy listens"),
+            ]
+        yield NftChain(names.LOCALHOST_PROXY, tuple(rules), "NodePorts that kproxy serves itself")
     count = (rule(MatchL4Proto(protocol), Count(names.rejected_counter(protocol))) for protocol in PROTOCOLS)
     yield NftChain(names.LOCALHOST_REJECT, (*count, rule(Reject())), "NodePorts are not available here")
     yield NftChain(names.LOCALHOST_CHECK, (rule(to_loopback, VerdictMap(NODE_PORT_KEY, names.LOCALHOST_NODE_PORTS)),))

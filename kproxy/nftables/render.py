@@ -168,7 +168,7 @@ def _with_localhost_verdict(frontend: RenderedFrontend, plan: ServicePortPlan, c
         return frontend
     if plan.protocol != "TCP" or traffic == "reject":
         chain = names.LOCALHOST_REJECT
-    elif traffic == "proxy-hold" and forwards_locally(plan):
+    elif forwards_locally(plan):
         chain = names.LOCALHOST_PROXY
     else:
         return frontend

@@ -21,7 +21,13 @@ from kproxy.model.plan import ServicePortPlan, plan_service
 from kproxy.model.sync_report import ApplyResult, SyncError
 from kproxy.model.types import Endpoint, EndpointPort, EndpointSlice, Family, Protocol, Service, ServiceKey, ServicePort
 from kproxy.nftables import names
+from kproxy.nftables.diff import NftablesDiff
+from kproxy.nftables.ledger import NftablesLedger
+from kproxy.nftables.nft_syntax import NftWriter
 from kproxy.nftables.render import render_service
+from kproxy.simulate.nftables import NftablesSimulator
+from kproxy.simulate.packet import Packet
+from tests.unit.test_trace_walk import ask
 
 V4, V6 = Family.IPV4, Family.IPV6
 CONTEXT = Context(V4, "node-1", localhost_traffic="proxy-hold")
@@ -124,7 +130,7 @@ def test_listeners_of_plans() -> None:
         ("reject", "TCP", [1], names.LOCALHOST_REJECT),
         ("reject", "TCP", [], names.LOCALHOST_REJECT),
         ("reject", "UDP", [1], names.LOCALHOST_REJECT),
-        ("proxy", "TCP", [1], ""),
+        ("proxy", "TCP", [1], names.LOCALHOST_PROXY),
         ("proxy", "SCTP", [1], names.LOCALHOST_REJECT),
         ("proxy-hold", "TCP", [1], names.LOCALHOST_PROXY),
         ("proxy-hold", "TCP", [], ""),
@@ -143,6 +149,41 @@ def test_verdict_on_loopback(traffic: LocalhostTraffic, protocol: Protocol, numb
     assert plain.frontends[:-1] == rendered.frontends[:-1]
     served = "127.0.0.1" if traffic.startswith("proxy") and protocol == "TCP" and numbers else ""
     assert proxied_address(context, found[0]) == served
+
+
+def table(traffic: LocalhostTraffic) -> str:
+    """Return a table with a NodePort for TCP and one for UDP, as nft lists it."""
+    context = replace(CONTEXT, localhost_traffic=traffic)
+    diff = NftablesDiff(NftablesLedger(), context, create=True)
+    diff.put("ns/web", render_service(plans([1], context=context), context))
+    diff.put("ns/dns", render_service(plans([1], context=context, name="dns", protocol="UDP"), context))
+    change = diff.last_transaction()
+    return NftWriter(V4).table(change.added_sets, change.all_added_elements(), change.added_rules)
+
+
+@pytest.mark.parametrize(
+    ("traffic", "tcp", "udp", "from_outside"),
+    [
+        ("", "accepted", "accepted", "accepted"),
+        ("reject", "rejected", "rejected", "rejected"),
+        ("proxy", "accepted", "rejected", "dropped"),
+        ("proxy-hold", "accepted", "rejected", "dropped"),
+    ],
+)
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
+def test_simulator_and_trace_know_the_chains(
+    traffic: LocalhostTraffic, address: str, tcp: str, udp: str, from_outside: str
+) -> None:
+    text = table(traffic)
+    simulator = NftablesSimulator(text, V4)
+    expected: dict[Protocol, str] = {"TCP": tcp, "UDP": udp}
+    for protocol, verdict in expected.items():
+        packet = Packet(protocol=protocol, source="127.0.0.1", destination=address, port=30080)
+        assert simulator.send(packet).only.verdict.value == verdict
+        found = ask(text, source="127.0.0.1", to=address, port=30080, protocol=protocol, interface="")
+        assert ([each.verdict for each in found.outcomes], found.unknown_probability) == ([verdict], 0)
+    neighbor = Packet(protocol="TCP", source="10.1.0.5", destination=address, port=30080, interface="eth0")
+    assert simulator.send(neighbor).only.verdict.value == from_outside
 
 
 # The choice of endpoints
