@@ -77,6 +77,7 @@ class Listener:
         self.choice = EndpointChoice(wanted, random.choice)
         self.socket: socket.socket | None = None
         self.connections: set[ProxiedConnection] = set()
+        self.watched = False
         self.removed = False
         self.retry = FIRST_RETRY
         self.reminder = LogThrottle()
@@ -194,11 +195,11 @@ class LocalhostProxy:
             self._dispatch(key, events)
         now = self._clock()
         while self._timers and self._timers[0][0] <= now:
-            heappop(self._timers)[2]()
+            self._guard(heappop(self._timers)[2])
 
     def _dispatch(self, key: SelectorKey, events: int) -> None:
         if not isinstance(key.data, tuple):
-            key.data()
+            self._guard(key.data)
             return
         listener, connection = key.data
         try:
@@ -212,7 +213,14 @@ class LocalhostProxy:
     def _run_calls(self) -> None:
         os.eventfd_read(self._wake)
         while not self._calls.empty():
-            self._calls.get()()
+            self._guard(self._calls.get())
+
+    def _guard(self, action: Action) -> None:
+        try:
+            action()
+        except Exception as error:  # one listener must not affect the others
+            log.error("%s: unexpected %r", self._thread.name, error)
+            log.debug("%s: unexpected error", self._thread.name, exc_info=error)
 
     def _call_later(self, seconds: float, action: Action) -> None:
         heappush(self._timers, (self._clock() + seconds, next(self._order), action))
@@ -234,7 +242,8 @@ class LocalhostProxy:
         if listener.socket is None:
             self._call_later(listener.retry, partial(self._retry, listener))
             listener.retry = min(2 * listener.retry, LONGEST_RETRY)
-        elif self._accepting:
+        elif self._accepting and not listener.watched:
+            listener.watched = True
             self._selector.register(listener.socket, EVENT_READ, partial(self._accept, listener))
 
     def _retry(self, listener: Listener) -> None:
@@ -251,25 +260,28 @@ class LocalhostProxy:
             self._close(listener, connection)
 
     def _close_listener(self, listener: Listener) -> None:
+        self._unwatch(listener)
         if listener.socket is not None:
-            with suppress(KeyError):
-                self._selector.unregister(listener.socket)
             listener.socket.close()
             listener.socket = None
+
+    def _unwatch(self, listener: Listener) -> None:
+        if listener.watched and listener.socket is not None:
+            listener.watched = False
+            self._selector.unregister(listener.socket)
 
     def _stop_accepting(self) -> None:
         if self._accepting:
             self._accepting = False
             for listener in self._all_listeners():
-                if listener.socket is not None:
-                    with suppress(KeyError):
-                        self._selector.unregister(listener.socket)
+                self._unwatch(listener)
 
     def _resume_accepting(self) -> None:
         if not self._accepting and not self._stopped and self._connections < self._limit:
             self._accepting = True
             for listener in self._all_listeners():
-                if listener.socket is not None:
+                if listener.socket is not None and not listener.watched:
+                    listener.watched = True
                     self._selector.register(listener.socket, EVENT_READ, partial(self._accept, listener))
 
     def _all_listeners(self) -> list[Listener]:
