@@ -43,7 +43,8 @@ def pods(lab: Lab, servers: Servers) -> list[Host]:
 
 
 def stream_to(lab: Lab) -> ConnectionStream:
-    return ConnectionStream([Target("demo/web", lab.node, address, NODE_PORT) for address in LOOPBACK.values()])
+    targets = [Target("demo/web", lab.node, address, NODE_PORT) for address in LOOPBACK.values()]
+    return ConnectionStream(targets, timeout=HANG_GUARD)
 
 
 def lost(failures: Sequence[Attempt]) -> list[Attempt]:
@@ -75,7 +76,7 @@ def test_restarts_refuse_no_connection(lab: Lab, pods: list[Host], daemons: Daem
     with ExitStack() as stack:
         daemon = stack.enter_context(daemons.run(RANGES))
         daemon.wait_until_synced()
-        stream = stack.enter_context(ConnectionStream([target]))
+        stream = stack.enter_context(ConnectionStream([target], timeout=HANG_GUARD))
         for number in range(3):
             stream.take(50)
             stream.mark(f"restart {number}")
