@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kproxy.app.candidate_families import has_family
 from kproxy.app.family_contexts import interface_warning
@@ -16,6 +17,9 @@ from kproxy.iptables.runner import IptablesRunner, check_tables
 from kproxy.model.types import Family
 from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit
 from kproxy.sync.family_sync import FamilySync
+
+if TYPE_CHECKING:
+    from kproxy.app.localhost_listeners import Listeners
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +41,14 @@ def make_families(
     runners: list[IptablesRunner],
     own: OwnCommits | None = None,
     on_progress: Callable[[Family], object] = lambda _: None,
+    listeners: Listeners | None = None,
 ) -> dict[Family, FamilySync]:
     """Build the `FamilySync` of each IP family that works on this node. Raises `StartError` if none works.
 
     In iptables mode, appends the iptables runners to `runners`, so that another thread can stop them. Adds to `own`
     what is needed to watch the tables. While a sync of a family is running, `on_progress` is called each time the
-    kernel or iptables has accepted a part of it. Logs a warning if no interface of the node matches `detectLocal`.
+    kernel or iptables has accepted a part of it. `listeners` serves NodePorts on loopback addresses. Logs a warning if
+    no interface of the node matches `detectLocal`.
     """
     own = own or OwnCommits()
     if warning := interface_warning(config, [name for _, name in socket.if_nameindex()]):
@@ -56,7 +62,7 @@ def make_families(
             return iptables_families(config, runners, own, on_progress)
         from kproxy.app.nftables_families import nftables_families  # noqa: PLC0415 - as above
 
-        return nftables_families(config, own, on_progress)
+        return nftables_families(config, own, on_progress, listeners)
     except (CommandError, NftablesUnsupportedError) as error:
         raise StartError(f"{mode} mode does not work on this node: {error}") from None
 

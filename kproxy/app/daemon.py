@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 
@@ -22,6 +22,7 @@ from kproxy.app.control import DaemonControl, DaemonLog, ObjectOrigin
 from kproxy.app.family_contexts import is_ready
 from kproxy.app.first_sync import FirstSyncSteps
 from kproxy.app.kernel_parameters import prepare_conntrack, prepare_process
+from kproxy.app.localhost_node_ports import wants_localhost_proxy
 from kproxy.app.node_port_addresses import depends_on_interfaces
 from kproxy.app.node_settings import local_node_name, watched_kinds
 from kproxy.app.own_commits import OwnCommits
@@ -42,9 +43,11 @@ from kproxy.kube.events.correlator import node_reference, object_reference, serv
 from kproxy.kube.events.recorder import EventRecorder, EventSink, NullRecorder
 from kproxy.kube.listwatch.api_source import ApiSource
 from kproxy.model.delta import Kind
+from kproxy.model.localhost_node_ports import DRAIN_SECONDS
 from kproxy.model.store import Store
 from kproxy.model.types import Family, Node, ServiceKey
-from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
+from kproxy.nftables.rejected_packets import rejected_packets
+from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, LocalhostNodePorts
 from kproxy.serve.status_server import ListenError, StatusServer
 from kproxy.sync.conntrack_cleanup import ConntrackCleaner
 from kproxy.sync.drift_listener import DriftListener
@@ -54,6 +57,9 @@ from kproxy.sync.node_monitor import NodeMonitor
 from kproxy.sync.reconciler import Message, Reconciler, Resync, Stop
 from kproxy.sync.schedule import Schedule
 from kproxy.sync.service_events import ServiceEventListener
+
+if TYPE_CHECKING:
+    from kproxy.serve.localhost_proxy import LocalhostProxy
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +163,7 @@ class Daemon:
         self._programs_stopped = threading.Event()
         self._failure: BaseException | None = None
         self._source: ObjectSource | None = None
+        self._localhost: LocalhostProxy | None = None
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT arrives, a thread fails, or the process must be restarted.
@@ -184,6 +191,9 @@ class Daemon:
         state to save. Python does not wait for daemon threads at exit, so the process exits normally: it flushes the
         log and removes the temporary files of the `kubernetes` package, which contain private keys.
         """
+        deadline = time.monotonic() + DRAIN_SECONDS
+        if self._localhost is not None:
+            self._localhost.drain()
         self._messages.put(Stop())
         reconciler.join(STOP_SECONDS)
         self._programs_stopped.set()
@@ -192,6 +202,8 @@ class Daemon:
         if self._first_sync is not None:
             self._first_sync.stop()
         reconciler.join(EXIT_SECONDS)
+        if self._localhost is not None:
+            self._localhost.stop(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         with ExitStack() as parts:
@@ -213,11 +225,13 @@ class Daemon:
         if warning := default_mode_warning(config):
             log.warning("%s", warning)
         own_commits = OwnCommits()
+        self._localhost = localhost = _localhost_proxy(config)
         families = make_families(
             config,
             self._programs,
             own_commits,
             lambda family: serving.on_progress(family),  # noqa: PLW0108 - `serving` is created later
+            localhost,
         )
         name = local_node_name(config)
         store = Store(name, watched_kinds(config), lock=threading.RLock())
@@ -240,6 +254,8 @@ class Daemon:
 
             read = partial(read_counts_of, config.effective_mode, tuple(families))
             serving.metrics.track_service_connections(ScrapedConnections(limit, read))
+        if config.effective_mode == "nftables":
+            serving.metrics.track_localhost_node_ports(partial(_localhost_state, tuple(families), config, localhost))
         watch = NodeMonitor(
             name,
             required=client is not None,  # files need not contain Nodes
@@ -256,6 +272,8 @@ class Daemon:
         )
         self._first_sync = first_sync = FirstSyncSteps(config, families)
         self._start(parts, serving)
+        if localhost is not None:
+            self._start(parts, localhost)
         prepare_process(config)
         prepare_conntrack(config)
         rules_watch = self._rules_watch(own_commits)
@@ -450,6 +468,28 @@ class Daemon:
     def _fail(self, error: BaseException | None) -> None:
         self._failure = error
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _localhost_proxy(config: Config) -> LocalhostProxy | None:
+    """Return the proxy for NodePorts on loopback addresses if an IP family needs it."""
+    if not any(wants_localhost_proxy(config, family) for family in Family):
+        return None
+    from kproxy.serve.localhost_proxy import LocalhostProxy  # noqa: PLC0415 - rarely used
+
+    return LocalhostProxy(time.monotonic)
+
+
+def _localhost_state(
+    families: Iterable[Family], config: Config, proxy: LocalhostProxy | None
+) -> dict[Family, LocalhostNodePorts]:
+    found = {}
+    for family in families:
+        rejected = rejected_packets(family)
+        if proxy is not None and wants_localhost_proxy(config, family):
+            found[family] = LocalhostNodePorts(rejected, proxy.listening(family), proxy.failures(family))
+        else:
+            found[family] = LocalhostNodePorts(rejected)
+    return found
 
 
 def _service_event(events: EventSink, service: ServiceKey, reason: str, note: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from ipaddress import ip_address
 
+from kproxy.app.localhost_node_ports import localhost_traffic
 from kproxy.app.node_port_addresses import localhost_node_ports, node_port_addresses
 from kproxy.config.types import Config
 from kproxy.model.addresses import family_of
@@ -32,6 +33,8 @@ def make_context(
     *,
     accounting: bool,
     random_fully: bool,
+    has_proxy: bool = True,
+    can_hold: bool = True,
 ) -> Context:
     """Return the context of a family in the effective proxy mode.
 
@@ -41,7 +44,8 @@ def make_context(
     `accounting` is true if nfacct counters are available. `random_fully` is true if the source ports of
     masqueraded packets can be randomized (`--random-fully` in iptables). As in kube-proxy, nftables mode uses no nfacct
     counters and does not drop packets that conntrack classifies as INVALID, and `nodePortAddresses` selects loopback
-    addresses only if `localhost_node_ports` is true: elsewhere, the kernel drops packets from and to them.
+    addresses only if `localhost_node_ports` is true: elsewhere, the kernel drops packets from and to them. For
+    `has_proxy` and `can_hold`, see `localhost_traffic`.
     """
     node = node or Node(node_name)
     node_addresses = [address for address in node.addresses if family_of(address) is family]
@@ -70,6 +74,7 @@ def make_context(
         accounting=is_iptables and accounting,
         random_fully=random_fully,
         connection_counters=config.kproxy.connection_counters and not is_iptables,
+        localhost_traffic=localhost_traffic(config, family, has_proxy=has_proxy, can_hold=can_hold),
     )
 
 

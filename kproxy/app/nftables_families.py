@@ -6,12 +6,14 @@ import logging
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from kproxy.app.candidate_families import candidate_families, combined_reasons, warn_of_skipped, why_ipv4_is_required
 from kproxy.app.context_factory import ContextFactory
 from kproxy.app.foreign_chains import watchful
+from kproxy.app.localhost_node_ports import wants_localhost_proxy
 from kproxy.app.own_commits import OwnCommits
 from kproxy.config import Config
 from kproxy.model.types import Family
@@ -20,13 +22,16 @@ from kproxy.nftables.backend import NftablesBackend
 from kproxy.nftables.kernel import Commit, NetlinkCommit, NftCommit, NftTable
 from kproxy.nftables.probe import NftablesUnsupportedError, choose_commit, why_no_counters
 from kproxy.nftables.transaction import Transaction
-from kproxy.sync.family_sync import FamilySync
+from kproxy.sync.family_sync import Backend, FamilySync
+
+if TYPE_CHECKING:
+    from kproxy.app.localhost_listeners import Listeners
 
 log = logging.getLogger(__name__)
 
 
 def nftables_families(
-    config: Config, own: OwnCommits, on_progress: Callable[[Family], object]
+    config: Config, own: OwnCommits, on_progress: Callable[[Family], object], listeners: Listeners | None
 ) -> dict[Family, FamilySync]:
     """Build the `FamilySync` of each IP family that works on this node, as `kproxy.app.backends.make_families` does.
 
@@ -38,17 +43,35 @@ def nftables_families(
     return {
         family: FamilySync(
             watchful(
-                NftablesBackend(NftTable(family, _reporting(commit, partial(on_progress, family))), own.generations),
+                _listening(
+                    NftablesBackend(
+                        NftTable(family, _reporting(commit, partial(on_progress, family))), own.generations
+                    ),
+                    family,
+                    listeners if wants_localhost_proxy(config, family) else None,
+                ),
                 family,
                 names.TABLE,
             ),
             ContextFactory(
-                with_possible_counters(config, family, commit), family, accounting=lambda: False, random_fully=True
+                with_possible_counters(config, family, commit),
+                family,
+                accounting=lambda: False,
+                random_fully=True,
+                has_proxy=listeners is not None,
             ).make,
             large_cluster_endpoints=math.inf,  # `large_cluster` changes nothing in nftables mode
         )
         for family, commit in commits.items()
     }
+
+
+def _listening(backend: Backend, family: Family, listeners: Listeners | None) -> Backend:
+    if listeners is None:
+        return backend
+    from kproxy.app.localhost_listeners import ListeningBackend  # noqa: PLC0415 - rarely used
+
+    return ListeningBackend(backend, family, listeners)
 
 
 def with_possible_counters(config: Config, family: Family, commit: NetlinkCommit | NftCommit) -> Config:

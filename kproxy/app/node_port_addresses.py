@@ -61,7 +61,7 @@ def node_port_warning(config: Config, node: Node | None, context: Context) -> st
     If `nodePortAddresses` has only keywords for the family, no warning is returned for a Node that has only addresses
     of the other family, because single-stack clusters are normal.
     """
-    if context.node_port_addresses != ():
+    if context.node_port_addresses != () or context.localhost_traffic.startswith("proxy"):
         return ""
     family = context.family
     setting = config.effective_node_port_addresses

@@ -9,6 +9,7 @@ from kproxy.config.types import Config
 from kproxy.diagnose.difference_objects import WrittenRules
 from kproxy.diagnose.report import Report, ReportPart
 from kproxy.model.context import Context, LocalTraffic
+from kproxy.model.localhost_node_ports import LISTEN_ADDRESSES
 
 NOT_RULES = "changes no rules"
 MEANINGS: Mapping[str, str] = {
@@ -100,7 +101,7 @@ def mode_effects(before: Config, after: Config) -> tuple[str, ...]:
     if before.effective_mode == after.effective_mode:
         return ()
     if after.effective_mode == "nftables":
-        return ("nftables mode has no NodePorts on loopback addresses",)
+        return ("nftables mode has NodePorts on loopback addresses only if nodePortAddresses names them, for TCP",)
     return ("iptables mode takes longer to program many Services",)
 
 
@@ -126,6 +127,10 @@ def _meaning(name: str, mode: str) -> str:
     return MEANINGS.get(name, NOT_RULES)
 
 
+def _accepts_on_loopback(context: Context) -> bool:
+    return context.localhost_node_ports or context.localhost_traffic in {"proxy", "proxy-hold"}
+
+
 def _context_effects(before: Context, after: Context) -> Iterator[str]:
     if before.node_name != after.node_name:
         yield f"the node is {after.node_name} instead of {before.node_name}"
@@ -140,8 +145,9 @@ def _context_effects(before: Context, after: Context) -> Iterator[str]:
     if before.node_port_addresses != after.node_port_addresses:
         new, old = _addresses_text(after), _addresses_text(before)
         yield f"NodePorts accept connections to {new} instead of {old}"
-    if before.localhost_node_ports != after.localhost_node_ports:
-        yield f"NodePorts {'also' if after.localhost_node_ports else 'no longer'} accept connections to 127.0.0.1"
+    if _accepts_on_loopback(before) != _accepts_on_loopback(after):
+        now = "also" if _accepts_on_loopback(after) else "no longer"
+        yield f"NodePorts {now} accept connections to {LISTEN_ADDRESSES[after.family]}"
     if before.drop_invalid != after.drop_invalid:
         yield f"packets in conntrack state INVALID are {'dropped' if after.drop_invalid else 'no longer dropped'}"
     if before.node_address != after.node_address:

@@ -51,6 +51,7 @@ from kproxy.diagnose.rejection_cause import endpoints_without_pods, matching_pod
 from kproxy.diagnose.rules_problem import RulesProblem, rules_problem
 from kproxy.diagnose.service_problem import keeps_last_version, object_problem
 from kproxy.model.addresses import family_of, socket_text
+from kproxy.model.localhost_node_ports import proxied_address
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.model.types import Family
 from kproxy.sync.service_conditions import service_condition
@@ -257,8 +258,11 @@ def _frontends_of(facts: Facts, plan: ServicePortPlan, lost: Mapping[str, str]) 
     for address in plan.vips:
         yield frontend("LoadBalancer", address, ranges, remark)
     if plan.node_port:
-        accepted = facts.context(family_of(plan.cluster_ip)).node_port_addresses
+        context = facts.context(family_of(plan.cluster_ip))
+        accepted = context.node_port_addresses
         where = "all addresses" if accepted is None else ", ".join(accepted) or "no address"
+        if loopback := proxied_address(context, plan):
+            where = f"{where} and at {loopback}" if accepted != () else loopback
         yield frontend("NodePort", "", f"at {where} of this node", remark, number=plan.node_port)
 
 

@@ -11,6 +11,7 @@ from kproxy.diagnose.pods import plural
 from kproxy.diagnose.port_case import PortCase, known_endpoints, own_flows
 from kproxy.model.addresses import family_of, split_socket_text
 from kproxy.model.endpoints import Sockets
+from kproxy.model.localhost_node_ports import proxied_address
 from kproxy.model.plan import ServicePortPlan
 from kproxy.model.types import Family
 
@@ -97,7 +98,7 @@ def node_port_reason(facts: Facts, case: PortCase) -> Reason | None:
     families = {family_of(address) for address in node.addresses} if node is not None else set()
     closed = [family for family in closed if family in families]
     open_families = [family for family in case.plans if family in families and family not in closed]
-    if not closed or open_families:
+    if not closed or open_families or any(proxied_address(facts.context(each), case.plans[each]) for each in closed):
         return None
     addresses = ", ".join(node.addresses) if node is not None else ""
     return Reason(

@@ -33,6 +33,8 @@ NFT_MSG_DELSETELEM = 14
 NFT_MSG_NEWGEN = 15
 NFT_MSG_GETGEN = 16
 NFT_MSG_TRACE = 17
+NFT_MSG_NEWOBJ = 18
+NFT_MSG_GETOBJ = 19
 
 # enum nft_list_attributes
 NFTA_LIST_ELEM = 1
@@ -217,6 +219,26 @@ NFTA_GEN_PROC_NAME = 3
 NFTA_FIB_DREG = 1
 NFTA_FIB_RESULT = 2
 NFTA_FIB_FLAGS = 3
+
+# enum nft_socket_attributes
+NFTA_SOCKET_KEY = 1
+NFTA_SOCKET_DREG = 2
+
+# enum nft_socket_keys
+NFT_SOCKET_TRANSPARENT = 0
+
+# enum nft_objref_attributes
+NFTA_OBJREF_IMM_TYPE = 1
+NFTA_OBJREF_IMM_NAME = 2
+
+# the types of objects
+NFT_OBJECT_COUNTER = 1
+
+# enum nft_object_attributes
+NFTA_OBJ_TABLE = 1
+NFTA_OBJ_NAME = 2
+NFTA_OBJ_TYPE = 3
+NFTA_OBJ_DATA = 4
 
 # enum nft_fib_result
 NFT_FIB_RESULT_ADDRTYPE = 3

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from msgspec import Struct
 
 from kproxy.model.addresses import family_of
 from kproxy.model.types import Family
+
+LocalhostTraffic: TypeAlias = Literal["", "reject", "proxy", "proxy-hold"]
+"""What nftables mode does with packets to NodePorts on loopback addresses.
+
+- "": nothing. They reach whatever listens there.
+- `reject`: they are rejected.
+- `proxy`: kproxy serves TCP (see `kproxy.model.localhost_node_ports`). Packets of other protocols are rejected.
+- `proxy-hold`: like `proxy`. In addition, a connection that arrives while kproxy does not listen waits for it, because
+  the kernel drops the first packet and the client sends it again.
+"""
 
 
 class LocalTraffic(Struct, frozen=True):
@@ -64,6 +74,8 @@ class Context(Struct, frozen=True):
     `service_cidrs` are the ranges from which ClusterIPs are allocated; an empty tuple means that they are unknown.
     nftables mode drops packets to an address in these ranges if no Service has that address.
 
+    `localhost_traffic` is what nftables mode does with packets to NodePorts on loopback addresses.
+
     If `connection_counters` is true, the elements of nftables maps count the connections to each frontend and endpoint.
     """
 
@@ -82,3 +94,4 @@ class Context(Struct, frozen=True):
     large_cluster: bool = False
     service_cidrs: tuple[str, ...] = ()
     connection_counters: bool = False
+    localhost_traffic: LocalhostTraffic = ""

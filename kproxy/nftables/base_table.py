@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from msgspec.structs import replace
 
 from kproxy.model.context import Context
+from kproxy.model.localhost_node_ports import LISTEN_ADDRESSES, LOOPBACK_NETWORKS
 from kproxy.model.types import Family
 from kproxy.nftables import names
+from kproxy.nftables.elements import PROTOCOLS
 from kproxy.nftables.ruleset import (
+    Count,
     CtStateNew,
     CtStatusDnat,
     Drop,
@@ -21,8 +24,11 @@ from kproxy.nftables.ruleset import (
     Masquerade,
     MatchDaddr,
     MatchIifname,
+    MatchL4Proto,
     MatchMark,
     MatchSaddr,
+    MatchSocket,
+    MatchSyn,
     NftChain,
     NftHook,
     NftRule,
@@ -54,6 +60,7 @@ SETS = (
     NftSet(names.NO_ENDPOINT_NODE_PORTS, NODE_PORT_KEY, MapValue.VERDICT, "NodePorts without endpoints"),
     NftSet(names.SERVICE_IPS, SERVICE_KEY, MapValue.VERDICT, "ClusterIPs, external IPs and load balancer IPs"),
     NftSet(names.SERVICE_NODE_PORTS, NODE_PORT_KEY, MapValue.VERDICT, "NodePorts"),
+    NftSet(names.LOCALHOST_NODE_PORTS, NODE_PORT_KEY, MapValue.VERDICT, "NodePorts on loopback addresses"),
     NftSet(names.SERVICE_ENDPOINTS, _SERVICE_ENDPOINT_KEY, MapValue.ENDPOINT, "endpoints of a frontend, numbered"),
     NftSet(names.SERVICE_LOCAL_ENDPOINTS, _SERVICE_ENDPOINT_KEY, MapValue.ENDPOINT, "local endpoints, numbered"),
     NftSet(names.NODE_PORT_ENDPOINTS, _NODE_PORT_ENDPOINT_KEY, MapValue.ENDPOINT, "endpoints of a NodePort, numbered"),
@@ -112,15 +119,14 @@ def base_chains(context: Context) -> tuple[NftChain, ...]:
         NftChain("firewall-check", (rule(VerdictMap(SERVICE_KEY, names.FIREWALL_IPS)),)),
         NftChain("service-endpoints-check", (rule(VerdictMap(SERVICE_KEY, names.NO_ENDPOINT_SERVICES)),)),
         NftChain("nodeport-endpoints-check", _node_port_rules(context, names.NO_ENDPOINT_NODE_PORTS)),
+        *_localhost_chains(context),
         NftChain("cluster-ips-check", tuple(_cluster_ips_check(context))),
         NftChain("services", tuple(_services(context))),
         NftChain("masquerading", _masquerading(context)),
         NftChain(names.REJECT, (rule(Reject()),), "for frontends without any endpoint"),
         _base_chain("filter-prerouting-pre-dnat", "filter", "prerouting", _PRE_DNAT_PRIORITY, "firewall-check"),
         _base_chain("filter-output-pre-dnat", "filter", "output", _PRE_DNAT_PRIORITY, "firewall-check"),
-        _base_chain(
-            "filter-input", "filter", "input", _FILTER_PRIORITY, "nodeport-endpoints-check", "service-endpoints-check"
-        ),
+        _base_chain("filter-input", "filter", "input", _FILTER_PRIORITY, *_input_checks(context)),
         _base_chain(
             "filter-forward", "filter", "forward", _FILTER_PRIORITY, "service-endpoints-check", "cluster-ips-check"
         ),
@@ -131,6 +137,41 @@ def base_chains(context: Context) -> tuple[NftChain, ...]:
         _base_chain("nat-output", "nat", "output", _DNAT_PRIORITY, "services"),
         _base_chain("nat-postrouting", "nat", "postrouting", _SNAT_PRIORITY, "masquerading"),
     )
+
+
+def _input_checks(context: Context) -> tuple[str, ...]:
+    checks = ("nodeport-endpoints-check", "service-endpoints-check")
+    return (names.LOCALHOST_CHECK, *checks) if context.localhost_traffic else checks
+
+
+def _localhost_chains(context: Context) -> Iterator[NftChain]:
+    """Yield the chains for NodePorts on loopback addresses. The node's own packets to them traverse the input hook.
+
+    One counter for each protocol counts the rejected packets, under kube-proxy's names.
+
+    If kproxy serves NodePorts there, packets from other hosts and from pods must not reach its sockets, even if
+    `route_localnet` is 1 (CVE-2020-8558). In addition, if the kernel can match sockets, a packet that opens a
+    connection is dropped while there is no socket for it. The client sends the packet again, so the connection waits
+    until kproxy listens. The rules look for any socket: it may also be a connection in state TIME_WAIT, which the
+    kernel replaces, or the socket of another program.
+    """
+    if not context.localhost_traffic:
+        return
+    to_loopback = MatchDaddr(LOOPBACK_NETWORKS[context.family].removesuffix("/128"))
+    if context.localhost_traffic != "reject":
+        rules = [rule(MatchIifname("lo", negate=True), Drop())]
+        if context.localhost_traffic == "proxy-hold":
+            address = MatchDaddr(LISTEN_ADDRESSES[context.family])
+            rules += [
+                rule(MatchSyn(negate=True), Return()),
+                rule(MatchSocket(transparent=False), Return()),
+                rule(MatchSocket(transparent=True), Return()),
+                rule(address, Drop(), comment="wait until kproxy listens"),
+            ]
+        yield NftChain(names.LOCALHOST_PROXY, tuple(rules), "NodePorts that kproxy serves itself")
+    count = (rule(MatchL4Proto(protocol), Count(names.rejected_counter(protocol))) for protocol in PROTOCOLS)
+    yield NftChain(names.LOCALHOST_REJECT, (*count, rule(Reject())), "NodePorts are not available here")
+    yield NftChain(names.LOCALHOST_CHECK, (rule(to_loopback, VerdictMap(NODE_PORT_KEY, names.LOCALHOST_NODE_PORTS)),))
 
 
 def _base_chain(name: str, chain_type: str, hook: str, priority: int, *targets: str) -> NftChain:

@@ -27,7 +27,7 @@ from kproxy.nftables.elements import (
     set_layout,
 )
 from kproxy.nftables.encode import HOOK_NUMBERS
-from kproxy.nftables.expressions import string_attribute, value_attribute
+from kproxy.nftables.expressions import string_attribute, u32_attribute, value_attribute
 from kproxy.nftables.names import TABLE
 from kproxy.nftables.repair import POLICY_DROP
 from kproxy.nftables.rule_content import RuleContent, canonical_expressions
@@ -41,6 +41,7 @@ _GETCHAIN = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETCHAIN)
 _GETRULE = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETRULE)
 _GETSET = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETSET)
 _GETSETELEM = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETSETELEM)
+_GETOBJ = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETOBJ)
 _GETGEN = nfnl_type(nf.NFNL_SUBSYS_NFTABLES, nf.NFT_MSG_GETGEN)
 _NFGENMSG_SIZE = 4
 _HOOK_NAMES = {number: name for name, number in HOOK_NUMBERS.items()}
@@ -191,6 +192,18 @@ class TableReader:
                     found.append((_element(data, begin, end, definition.value), _packets(data, begin, end)))
         if len({element.key for element, _ in found}) < len(found):
             raise _interrupted_by_resizing()
+        return found
+
+    def counters(self) -> dict[str, int]:
+        """Return the packets that each named counter has counted, or nothing if the table does not exist."""
+        found = {}
+        request = self._header + self._table + u32_attribute(nf.NFTA_OBJ_TYPE, nf.NFT_OBJECT_COUNTER)
+        with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+            for data, begin, end in netlink.dump(_GETOBJ, request):
+                spans = attributes(data, begin + _NFGENMSG_SIZE, end)
+                if _string(data, spans[nf.NFTA_OBJ_TABLE]) == TABLE:
+                    packets, _ = attributes(data, *spans[nf.NFTA_OBJ_DATA])[nf.NFTA_COUNTER_PACKETS]
+                    found[_string(data, spans[nf.NFTA_OBJ_NAME])] = _BE64.unpack_from(data, packets)[0]
         return found
 
     def _object(self, netlink: NetlinkSocket, kind: int, request: bytes) -> list[tuple[bytes, dict[int, Span]]]:

@@ -37,7 +37,7 @@ from kproxy.nftables.expressions import (
     value_attribute,
 )
 from kproxy.nftables.names import TABLE
-from kproxy.nftables.ruleset import KeyField, MapValue, NftChain, NftSet
+from kproxy.nftables.ruleset import KeyField, MapValue, NftChain, NftSet, named_counters
 from kproxy.nftables.transaction import Transaction
 
 _E = TypeVar("_E", SetElement, EndpointElements)
@@ -106,6 +106,8 @@ class TransactionEncoder:
             yield self._add_set(definition, set_id)
         for chain in transaction.added_chains:
             yield self._add_chain(chain)
+        for name in named_counters(transaction.added_rules):
+            yield self._add_counter(name)
         for chain in transaction.added_rules:
             yield from self._add_rules(chain)
         for name, runs in transaction.added_endpoints.items():
@@ -178,6 +180,19 @@ class TransactionEncoder:
             userdata = _comment(nf.NFTNL_UDATA_CHAIN_COMMENT, chain.comment)
             attributes.append(attribute(nf.NFTA_CHAIN_USERDATA, userdata))
         return self._message(nf.NFT_MSG_NEWCHAIN, NLM_F_CREATE, "chain", chain.name, *attributes)
+
+    def _add_counter(self, name: str) -> NftMessage:
+        """Create a counter. If it exists, it keeps its value."""
+        return self._message(
+            nf.NFT_MSG_NEWOBJ,
+            NLM_F_CREATE,
+            "table",
+            self._table_name,
+            string_attribute(nf.NFTA_OBJ_NAME, name),
+            u32_attribute(nf.NFTA_OBJ_TYPE, nf.NFT_OBJECT_COUNTER),
+            nested(nf.NFTA_OBJ_DATA),
+            subject=f"counter {name}",
+        )
 
     def _add_rules(self, chain: NftChain) -> Iterator[NftMessage]:
         chain_name = string_attribute(nf.NFTA_RULE_CHAIN, chain.name)

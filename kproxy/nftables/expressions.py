@@ -32,6 +32,8 @@ _ADDRESS_OFFSETS = {
 }
 """Offsets of the addresses in the IP header, in bytes (RFC 791, RFC 8200)."""
 _DPORT_OFFSET = _DPORT_SIZE = 2  # in bytes; the same for TCP, UDP and SCTP
+_TCP_FLAGS_OFFSET = 13  # in bytes (RFC 9293)
+_TCP_FIN, _TCP_SYN, _TCP_RST, _TCP_ACK = 0x01, 0x02, 0x04, 0x10
 _BE32 = struct.Struct(">I")
 _HOST32 = struct.Struct("=I")
 
@@ -121,6 +123,12 @@ def encode_statement(statement: nft.Statement, family: Family) -> Sequence[bytes
             return [*_load_key(statement.fields, family), _lookup(statement.map, nf.NFT_REG_VERDICT)]
         case nft.Jump():
             return [_verdict(nf.NFT_JUMP, statement.chain)]
+        case nft.MatchSyn():
+            return _match_syn(negate=statement.negate)
+        case nft.MatchSocket():
+            return [_load_socket(nf.NFT_SOCKET_TRANSPARENT), _compare(bytes([statement.transparent]))]
+        case nft.Count():
+            return [_count(statement.counter)]
         case nft.Drop():
             return [_verdict(nf.NF_DROP)]
         case nft.Return():
@@ -160,6 +168,16 @@ def _match_conntrack_bit(key: int, bit: int) -> list[bytes]:
 
 def _match_bit(bit: int) -> list[bytes]:
     return [_bitwise(_HOST32.pack(bit), bytes(4)), _compare(bytes(4), negate=True)]
+
+
+def _match_syn(*, negate: bool) -> list[bytes]:
+    return [
+        _load_meta(nf.NFT_META_L4PROTO),
+        _compare(bytes([PROTOCOLS["TCP"]])),
+        _payload(nf.NFT_REG32_00, nf.NFT_PAYLOAD_TRANSPORT_HEADER, _TCP_FLAGS_OFFSET, 1),
+        _bitwise(bytes([_TCP_FIN | _TCP_SYN | _TCP_RST | _TCP_ACK]), bytes(1)),
+        _compare(bytes([_TCP_SYN]), negate=negate),
+    ]
 
 
 def _change_mark(*, mask: int, xor: int) -> list[bytes]:
@@ -275,6 +293,20 @@ def _update_set(name: str) -> bytes:
         string_attribute(nf.NFTA_DYNSET_SET_NAME, name),
         u32_attribute(nf.NFTA_DYNSET_OP, nf.NFT_DYNSET_OP_UPDATE),
         u32_attribute(nf.NFTA_DYNSET_SREG_KEY, nf.NFT_REG32_00),
+    )
+
+
+def _load_socket(key: int) -> bytes:
+    return _expression(
+        "socket", u32_attribute(nf.NFTA_SOCKET_KEY, key), u32_attribute(nf.NFTA_SOCKET_DREG, nf.NFT_REG32_00)
+    )
+
+
+def _count(name: str) -> bytes:
+    return _expression(
+        "objref",
+        u32_attribute(nf.NFTA_OBJREF_IMM_TYPE, nf.NFT_OBJECT_COUNTER),
+        string_attribute(nf.NFTA_OBJREF_IMM_NAME, name),
     )
 
 

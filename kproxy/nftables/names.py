@@ -10,7 +10,7 @@ import hashlib
 import re
 
 from kproxy.model.plan import ServicePortPlan
-from kproxy.model.types import Family, ServiceKey
+from kproxy.model.types import Family, Protocol, ServiceKey
 
 TABLE = "kube-proxy"
 CLUSTER_IPS = "cluster-ips"
@@ -26,11 +26,20 @@ SERVICE_LOCAL_ENDPOINTS = "service-local-endpoints"
 NODE_PORT_ENDPOINTS = "nodeport-endpoints"
 NODE_PORT_LOCAL_ENDPOINTS = "nodeport-local-endpoints"
 REJECT = "reject-chain"
+LOCALHOST_NODE_PORTS = "localhost-nodeports"
+LOCALHOST_CHECK = "localhost-nodeports-check"
+LOCALHOST_REJECT = "localhost-reject"
+LOCALHOST_PROXY = "localhost-proxy"
 MAX_NAME_LENGTH = 127
 """Maximum length of a name in characters. The kernel accepts 255 (NFT_NAME_MAXLEN), but long names are hard to read."""
 _ELLIPSIS = "..."
 _SERVICE_CHAIN = re.compile(r"(service|local|external|endpoint|firewall)-[A-Z2-7]{8}-(.*)")
 _LONGEST_PREFIX = len("endpoint-")
+
+
+def rejected_counter(protocol: Protocol) -> str:
+    """Return the name of the counter of packets that were rejected because they were for a NodePort on loopback."""
+    return f"localhost-nodeport-rejected-{protocol.lower()}"
 
 
 def table_family(family: Family) -> str:

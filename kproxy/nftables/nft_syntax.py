@@ -13,7 +13,7 @@ from kproxy.nftables import ruleset as nft
 from kproxy.nftables.base_table import SETS, TABLE_COMMENT
 from kproxy.nftables.elements import DROP, PROTOCOLS, SetElement, unpack_address
 from kproxy.nftables.names import TABLE, table_family
-from kproxy.nftables.ruleset import KeyField, MapValue, NftChain, NftHook, NftRule, NftSet
+from kproxy.nftables.ruleset import KeyField, MapValue, NftChain, NftHook, NftRule, NftSet, named_counters
 from kproxy.nftables.transaction import Transaction
 
 _PROTOCOL_NAMES = {number: name.lower() for name, number in PROTOCOLS.items()}
@@ -43,7 +43,9 @@ class NftWriter:
         self, sets: Iterable[NftSet], elements: Mapping[str, Sequence[SetElement]], chains: Iterable[NftChain]
     ) -> str:
         """Return a whole table in the format of `nft list table`. `nft -f` accepts this format as input."""
-        blocks = [self._set_block(each, elements.get(each.name, ())) for each in sets]
+        chains = list(chains)
+        blocks = [_counter_block(name) for name in named_counters(chains)]
+        blocks += [self._set_block(each, elements.get(each.name, ())) for each in sets]
         blocks += [self._chain_block(each) for each in chains]
         return f'table {self._table} {{\n\tcomment "{TABLE_COMMENT}"\n' + "\n".join(blocks) + "}\n"
 
@@ -124,6 +126,8 @@ class NftWriter:
         yield from self._deletions(transaction)
         yield from map(self._add_set, transaction.added_sets)
         yield from map(self._add_chain, transaction.added_chains)
+        for name in named_counters(transaction.added_rules):
+            yield f"add counter {self._table} {name}"
         for chain in transaction.added_rules:
             yield from (f"add rule {self._table} {chain.name} {self.rule(each)}" for each in chain.rules)
         for set_name, elements in transaction.all_added_elements().items():
@@ -224,6 +228,12 @@ def format_statement(statement: nft.Statement, family: Family) -> str:
             return f"{_format_key(statement.fields, family)} vmap @{statement.map}"
         case nft.Jump():
             return f"jump {statement.chain}"
+        case nft.MatchSyn():
+            return f"tcp flags {_operator(negate=statement.negate)}syn / fin,syn,rst,ack"
+        case nft.MatchSocket():
+            return f"socket transparent {int(statement.transparent)}"
+        case nft.Count():
+            return f'counter name "{statement.counter}"'
         case nft.Drop():
             return "drop"
         case nft.Return():
@@ -232,6 +242,10 @@ def format_statement(statement: nft.Statement, family: Family) -> str:
             return "reject"
         case _:
             assert_never(statement)
+
+
+def _counter_block(name: str) -> str:
+    return f"\tcounter {name} {{\n\t\tpackets 0 bytes 0\n\t}}\n"
 
 
 def format_duration(seconds: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import cache
 
 from kproxy.host.commands import PROBE_TIMEOUT_SECONDS, InconclusiveError
 from kproxy.host.netlink import BatchRejectedError, BatchSocket
@@ -19,6 +20,7 @@ from kproxy.nftables.encode import TransactionEncoder
 from kproxy.nftables.kernel import NetlinkCommit, NftCommit, TableError
 from kproxy.nftables.ledger import NftablesLedger
 from kproxy.nftables.render import render_service
+from kproxy.nftables.ruleset import Drop, MatchSocket, MatchSyn, NftChain, NftHook, rule
 from kproxy.nftables.transaction import Transaction
 
 log = logging.getLogger(__name__)
@@ -71,11 +73,29 @@ def unsupported_reason(family: Family, *, connection_counters: bool = False) -> 
     The batch is the one of `choose_commit`, but the kernel only checks it: other programs get no notification, and the
     generation ID stays the same. See `probe_transaction` for `connection_counters`. Raises `OSError`.
     """
-    messages = list(
-        TransactionEncoder(family, PROBE_TABLE).encode(
-            probe_transaction(family, connection_counters=connection_counters)
+    return _rejection(family, probe_transaction(family, connection_counters=connection_counters))
+
+
+@cache
+def matches_sockets(family: Family) -> bool:
+    """Return whether rules can match packets for which a socket exists (nft_socket). Changes nothing."""
+    rules = (rule(MatchSyn(), MatchSocket(transparent=False), Drop()),)
+    chain = NftChain("sockets", rules, hook=NftHook("filter", "input", 0))
+    transaction = Transaction(create_table=True, added_chains=[chain], added_rules=[chain], delete_table=True)
+    try:
+        reason = _rejection(family, transaction)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        log.info(
+            "%s: NodePorts on loopback addresses refuse connections while kproxy restarts: %s", family.value, reason
         )
-    )
+    return not reason
+
+
+def _rejection(family: Family, transaction: Transaction) -> str:
+    """Return why the kernel rejects a transaction, or "" if it would accept it. Changes nothing. Raises `OSError`."""
+    messages = list(TransactionEncoder(family, PROBE_TABLE).encode(transaction))
     with BatchSocket(NFNL_SUBSYS_NFTABLES) as netlink:
         try:
             netlink.check([(each.type, each.flags, each.payload) for each in messages])
@@ -115,6 +135,7 @@ def probe_transaction(family: Family, *, connection_counters: bool = False) -> T
         local_traffic=LocalTraffic(cidr=network),
         service_cidrs=(network,),
         connection_counters=connection_counters,
+        localhost_traffic="reject",
     )
     diff = NftablesDiff(NftablesLedger(), context, create=True)
     for port in (1, 2):

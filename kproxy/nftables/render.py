@@ -7,11 +7,13 @@ from functools import lru_cache
 from typing import TypeAlias
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from kproxy.model.addresses import split_socket_text
 from kproxy.model.context import Context
 from kproxy.model.endpoints import Sockets
 from kproxy.model.frontend_conflicts import ClaimRank, external_rank
+from kproxy.model.localhost_node_ports import forwards_locally
 from kproxy.model.plan import ServicePortPlan, TrafficDecision
 from kproxy.nftables import names
 from kproxy.nftables import shared_chains as shared
@@ -81,7 +83,7 @@ def render_service(plans: Sequence[ServicePortPlan], context: Context) -> Render
     chains: list[NftChain] = []
     sets: list[NftSet] = []
     for plan in plans:
-        frontends += _frontends(plan)
+        frontends += _frontends(plan, context)
         hairpins += [hairpin_key(endpoint, plan.protocol) for endpoint in plan.endpoints_on_node]
         if plan.source_ranges:
             chains.append(_firewall_chain(plan))
@@ -96,7 +98,7 @@ def render_service(plans: Sequence[ServicePortPlan], context: Context) -> Render
 # Frontends
 
 
-def _frontends(plan: ServicePortPlan) -> Iterator[RenderedFrontend]:
+def _frontends(plan: ServicePortPlan, context: Context) -> Iterator[RenderedFrontend]:
     all_endpoints = pack_endpoints(plan.cluster_endpoints)
     local_endpoints = pack_endpoints(plan.local_endpoints)
     yield _internal_frontend(plan, all_endpoints, local_endpoints)
@@ -106,7 +108,8 @@ def _frontends(plan: ServicePortPlan) -> Iterator[RenderedFrontend]:
         yield _external_frontend(plan, "service", key, all_endpoints, local_endpoints, restricted=restricted)
     if plan.node_port:
         key = node_port_key(plan.protocol, plan.node_port)
-        yield _external_frontend(plan, "nodeport", key, all_endpoints, local_endpoints, restricted=False)
+        frontend = _external_frontend(plan, "nodeport", key, all_endpoints, local_endpoints, restricted=False)
+        yield _with_localhost_verdict(frontend, plan, context)
 
 
 def _internal_frontend(plan: ServicePortPlan, all_endpoints: bytes, local_endpoints: bytes) -> RenderedFrontend:
@@ -156,6 +159,28 @@ def _external_frontend(
         chain = shared.external_chain_name(kind, cluster_count)
     verdicts = firewall + no_endpoint + _shared_chain_verdicts(verdict_map, chain)
     return RenderedFrontend(key, verdicts, tuple(endpoints), plan.name, rank)
+
+
+def _with_localhost_verdict(frontend: RenderedFrontend, plan: ServicePortPlan, context: Context) -> RenderedFrontend:
+    """Add what happens to packets to a NodePort on loopback addresses."""
+    traffic = context.localhost_traffic
+    if not traffic:
+        return frontend
+    if plan.protocol != "TCP" or traffic == "reject":
+        chain = names.LOCALHOST_REJECT
+    elif forwards_locally(plan):
+        chain = names.LOCALHOST_PROXY
+    else:
+        return frontend
+    return replace(
+        frontend, verdicts=_joined(frontend.verdicts, _shared_chain_verdicts(names.LOCALHOST_NODE_PORTS, chain))
+    )
+
+
+@lru_cache(1 << 10)
+def _joined(some: Verdicts, more: Verdicts) -> Verdicts:
+    """Return all verdicts. The tuple is cached, for the reason that `_shared_chain_verdicts` gives."""
+    return some + more
 
 
 @lru_cache(1 << 10)

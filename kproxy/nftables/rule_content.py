@@ -36,6 +36,7 @@ _REGISTERS = {
     ),
     b"numgen": (nf.NFTA_NG_DREG,),
     b"payload": (nf.NFTA_PAYLOAD_DREG,),
+    b"socket": (nf.NFTA_SOCKET_DREG,),
 }
 """The attributes that contain the number of a register, by the name of the expression."""
 _DATA = {

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import Literal, TypeAlias
 
@@ -94,6 +95,27 @@ class MatchL4Proto(Struct, frozen=True, tag=True):
     """`meta l4proto tcp`: match packets of a transport protocol."""
 
     protocol: Literal["TCP", "UDP", "SCTP"]
+
+
+class MatchSyn(Struct, frozen=True, tag=True):
+    """`tcp flags syn / fin,syn,rst,ack`: match the packet that opens a TCP connection. With `negate`, all others."""
+
+    negate: bool = False
+
+
+class MatchSocket(Struct, frozen=True, tag=True):
+    """`socket transparent 0`: match if this node has a socket for the packet, and its option IP_TRANSPARENT is not set.
+
+    With `transparent`, the option must be set. Listening sockets count, and so do connections in state TIME_WAIT.
+    """
+
+    transparent: bool
+
+
+class Count(Struct, frozen=True, tag=True):
+    """`counter name "counter"`: count the packet. The counter is created with the rule."""
+
+    counter: str
 
 
 class CtStateNew(Struct, frozen=True, tag=True):
@@ -201,6 +223,9 @@ Statement: TypeAlias = (
     | Lookup
     | FibLocal
     | MatchL4Proto
+    | MatchSyn
+    | MatchSocket
+    | Count
     | CtStateNew
     | CtStatusDnat
     | MatchMark
@@ -245,6 +270,12 @@ class NftChain(Struct, frozen=True):
     rules: tuple[NftRule, ...]
     comment: str = ""
     hook: NftHook | None = None
+
+
+def named_counters(chains: Iterable[NftChain]) -> tuple[str, ...]:
+    """Return the names of the counters that the rules of these chains use, in order."""
+    rules = (each for chain in chains for each in chain.rules)
+    return tuple(dict.fromkeys(each.counter for rule in rules for each in rule.statements if isinstance(each, Count)))
 
 
 def rule(*statements: Statement, comment: str = "") -> NftRule:

@@ -19,6 +19,7 @@ import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from msgspec import Struct
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -26,7 +27,7 @@ from prometheus_client.registry import Collector
 from kproxy import __version__
 from kproxy.model.connection_counts import ServicePortName
 from kproxy.model.drift import PART_KINDS
-from kproxy.model.types import Family
+from kproxy.model.types import Family, Protocol
 
 NETSTAT = Path("/proc/self/net/netstat")
 UNLIMITED = 2**64 - 1
@@ -87,6 +88,50 @@ class PacketCounterCollector(Collector):
             packets = read()
             if packets is not None:
                 yield CounterMetricFamily(name, text, value=packets)
+
+
+class LocalhostNodePorts(Struct, frozen=True):
+    """NodePorts on the loopback address of an IP family in nftables mode.
+
+    `listeners` is the number of open listeners, and `failures` counts failures to open one. Both are None if kproxy
+    does not serve these NodePorts. `rejected` is the number of rejected packets of each protocol.
+    """
+
+    rejected: Mapping[Protocol, int]
+    listeners: int | None = None
+    failures: int | None = None
+
+
+class LocalhostNodePortCollector(Collector):
+    """Reads the state of NodePorts on loopback addresses at each scrape. `read` may be replaced."""
+
+    def __init__(self) -> None:
+        self.read: Callable[[], Mapping[Family, LocalhostNodePorts]] = dict
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the current numbers."""
+        prefix = "kubeproxy_nftables_localhost_nodeport"
+        listeners = GaugeMetricFamily(
+            f"{prefix}_listeners", "Number of NodePorts that kproxy serves on the loopback address.", labels=FAMILY
+        )
+        failures = CounterMetricFamily(
+            f"{prefix}_listener_creation_failures_total",
+            "Number of failures to listen on a NodePort of the loopback address.",
+            labels=FAMILY,
+        )
+        rejected = CounterMetricFamily(
+            f"{prefix}_rejected_packets_total",
+            "Number of packets rejected because they were for a NodePort on a loopback address.",
+            labels=(*FAMILY, "protocol"),
+        )
+        for family, each in self.read().items():
+            if each.listeners is not None:
+                listeners.add_metric((family.value,), each.listeners)
+            if each.failures is not None:
+                failures.add_metric((family.value,), each.failures)
+            for protocol, packets in each.rejected.items():
+                rejected.add_metric((family.value, protocol), packets)
+        yield from (each for each in (listeners, failures, rejected) if each.samples)
 
 
 class ApiContactCollector(Collector):
@@ -178,6 +223,8 @@ class MetricDefinitions:
         self.node_missing = self._gauge("kproxy_node_missing", "Whether this machine's Node is missing (1) or not (0).")
         self.api_contacts = ApiContactCollector()
         registry.register(self.api_contacts)
+        self.localhost_node_ports = LocalhostNodePortCollector()
+        registry.register(self.localhost_node_ports)
         self.service_connections = ServiceConnectionsCollector()
         registry.register(self.service_connections)
         ProcessCollector(registry=registry)

@@ -13,7 +13,7 @@ from kproxy.model.store import StoreChange
 from kproxy.model.sync_report import ApplyResult, RepairReport, SyncReport
 from kproxy.model.types import EndpointSlice, Family, Service, ServiceKey
 from kproxy.serve.http import HttpRequest, HttpResponse
-from kproxy.serve.metric_definitions import POLICIES, TABLES, MetricDefinitions
+from kproxy.serve.metric_definitions import POLICIES, TABLES, LocalhostNodePorts, MetricDefinitions
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """The Prometheus text format. Unlike kube-proxy, kproxy does not offer protobuf."""
@@ -130,6 +130,10 @@ class Metrics:
     def track_service_connections(self, read: Callable[[], Mapping[ServicePortName, int]]) -> None:
         """Call `read` at each scrape to get the connections to each service port."""
         self._metrics.service_connections.read = read
+
+    def track_localhost_node_ports(self, read: Callable[[], Mapping[Family, LocalhostNodePorts]]) -> None:
+        """Call `read` at each scrape to get the state of NodePorts on loopback addresses."""
+        self._metrics.localhost_node_ports.read = read
 
     def on_reflector_error(self, kind: str, reason: str) -> None:
         """Count a failure to receive objects of a kind from the API server."""

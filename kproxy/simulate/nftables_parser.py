@@ -33,7 +33,7 @@ from kproxy.simulate.nftables_statements import (
 )
 from kproxy.simulate.packet import Branches, PacketState, UnknownRuleError
 
-_BLOCKS = ("set", "map", "chain")
+_BLOCKS = ("counter", "set", "map", "chain")
 _SHOWN_CHARACTERS = 200
 """Maximum number of characters of a line in an error message. Some lines contain all elements of a map."""
 _ROUNDING = 1e-12
@@ -125,7 +125,7 @@ def parse_table(text: str, family: Family) -> dict[str, ListedChain]:
 
     Raises `UnknownRuleError` for anything that is not supported.
     """
-    blocks = _parse_blocks(text, family)
+    blocks = [block for block in _parse_blocks(text, family) if block.kind != "counter"]
     sets = {block.name: _parse_set(block, family) for block in blocks if block.kind != "chain"}
     scope = _TableScope(family, sets)
     chains = {block.name: _parse_chain(block, scope) for block in blocks if block.kind == "chain"}

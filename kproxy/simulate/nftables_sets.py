@@ -167,7 +167,8 @@ def _parse_map_kind(tokens: TokenReader, family: Family) -> SetKind:
 
 def _skip_element_options(tokens: TokenReader) -> None:
     """Skip the counter, the timeouts and the comment of an element. nft lists only elements that have not expired."""
-    if tokens.accept("counter"):
+    if tokens.at("counter", "packets"):
+        tokens.expect("counter")
         for token in ("packets", "bytes"):
             tokens.expect(token)
             tokens.number()

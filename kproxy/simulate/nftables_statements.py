@@ -432,6 +432,26 @@ def _parse_iifname(tokens: TokenReader) -> PacketMatch:
     return PacketMatch(lambda state: (state.interface == name) is not negated)
 
 
+def _parse_tcp_flags(tokens: TokenReader) -> PacketMatch:
+    """Parse a match on the packet that opens a TCP connection. All simulated packets in state NEW open one."""
+    negated = tokens.accept("!=")
+    tokens.expect("syn", "/", "fin", ",", "syn", ",", "rst", ",", "ack")
+    return PacketMatch(
+        lambda state: state.packet.protocol == "TCP" and (state.packet.conntrack_state == "NEW") is not negated
+    )
+
+
+def _parse_socket(tokens: TokenReader) -> PacketMatch:
+    """Parse a match on the option IP_TRANSPARENT of a socket. A program without it is assumed to listen."""
+    value = tokens.number()
+    return PacketMatch(lambda _: value == 0)
+
+
+def _parse_counter(tokens: TokenReader) -> PacketChange:
+    tokens.quoted()
+    return PacketChange(_unchanged)
+
+
 def _parse_mark(tokens: TokenReader) -> PacketMatch | PacketChange:
     if tokens.accept("set", "meta", "mark"):
         operator = tokens.next()
@@ -454,6 +474,9 @@ _STATEMENT_PARSERS: dict[tuple[str, ...], Callable[[TokenReader], Statement]] = 
     ("ct", "status"): _parse_ct_status,
     ("fib",): _parse_fib,
     ("iifname",): _parse_iifname,
+    ("tcp", "flags"): _parse_tcp_flags,
+    ("socket", "transparent"): _parse_socket,
+    ("counter", "name"): _parse_counter,
     ("meta", "mark"): _parse_mark,
 }
 """The first tokens of some statements, each with the function that parses the rest of the statement."""

@@ -17,10 +17,13 @@ import yaml
 from tests.deploy.oci import SECCOMP, seccomp
 from tests.deploy.rendered import DEPLOY
 from tests.lab import objects
+from tests.lab.client import Answered, TimedOut, send_request
 from tests.lab.confined import missing_library
 from tests.lab.proxy import FLAGS, KPROXY
+from tests.lab.servers import Servers
 from tests.lab.topology import Lab
 from tests.lab.waiting import HANG_GUARD, wait_until
+from tests.lab.web_service import DROP_TIMEOUT
 
 MODES = {
     "iptables-nft": ("iptables", ["iptables-nft-save"]),
@@ -102,7 +105,7 @@ def start(lab: Lab, tmp_path: Path) -> Callable[[str, Sequence[str]], subprocess
     endpoints = [objects.endpoint(ENDPOINT)]
     objects.write(folder / "web.yaml", [*found, objects.endpoint_slice("web", endpoints, protocol="UDP")])
 
-    def run(kind: str, capabilities: Sequence[str]) -> subprocess.Popen[str]:
+    def run(kind: str, capabilities: Sequence[str], *flags: str) -> subprocess.Popen[str]:
         mode, _ = MODES[kind]
         programs = tmp_path / kind
         programs.mkdir()
@@ -119,7 +122,7 @@ def start(lab: Lab, tmp_path: Path) -> Callable[[str, Sequence[str]], subprocess
             *("env", f"PATH={programs}:{os.environ['PATH']}"),
             *("setpriv", f"--bounding-set={bounding}", "--inh-caps=-all"),
             *(sys.executable, "-m", "tests.lab.confined", str(profile)),
-            *(KPROXY, "run", f"--objects={folder}", *FLAGS, f"--proxy-mode={mode}"),
+            *(KPROXY, "run", f"--objects={folder}", *FLAGS, f"--proxy-mode={mode}", *flags),
             f"--oom-score-adj={Path('/proc/self/oom_score_adj').read_text().strip()}",  # as set by the kubelet
         ]
         with log(tmp_path).open("w") as output:
@@ -155,6 +158,25 @@ def test_daemon_works_with_the_privileges_of_the_manifest(
     assert process.wait(HANG_GUARD) == 0
     text = log(tmp_path).read_text()
     assert [line for line in text.splitlines() if line.startswith(("W", "E", "Traceback"))] == []
+
+
+def test_proxy_for_loopback_addresses_needs_no_further_privileges(
+    lab: Lab, servers: Servers, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    pod = lab.add_pod("pod", "10.244.1.8", "fd00:10:244:1::8")
+    servers.serve(pod, 8080)
+    service = objects.service("site", "10.96.0.81", type="NodePort")
+    service["spec"]["ports"][0]["nodePort"] = 30080
+    endpoints = objects.endpoint_slice("site", [objects.endpoint(pod.address())])
+    objects.write(tmp_path / "objects" / "site.yaml", [service, endpoints])
+    process = start("nftables", CAPABILITIES, "--nodeport-addresses=127.0.0.0/8,10.99.0.0/24,fd00:99::/64")
+    wait_until(lambda: log(tmp_path).read_text().count(": synced ") >= 2, "kproxy syncs both families")
+    assert send_request(lab.node, "127.0.0.1", 30080) == Answered("pod", lab.node.address())
+    process.terminate()
+    assert process.wait(HANG_GUARD) == 0
+    text = log(tmp_path).read_text()
+    assert [line for line in text.splitlines() if line.startswith(("W", "E", "Traceback"))] == []
+    assert send_request(lab.node, "127.0.0.1", 30080, timeout=DROP_TIMEOUT) == TimedOut()  # waits for the next process
 
 
 def test_each_capability_of_the_manifest_is_needed() -> None:

@@ -255,6 +255,12 @@ def statements(family: Family) -> Iterator[nft.Statement]:
     yield nft.FibLocal(KeyField.DESTINATION, negate=True)
     for protocol in PROTOCOLS:
         yield nft.MatchL4Proto(protocol)
+    yield nft.MatchSyn()
+    yield nft.MatchSyn(negate=True)
+    yield nft.MatchSocket(transparent=False)
+    yield nft.MatchSocket(transparent=True)
+    yield nft.Count("one")
+    yield nft.Count("other")
     yield nft.CtStateNew()
     yield nft.CtStatusDnat()
     for bit in (0, 14, 30, 31):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from itertools import cycle
 
-from tests.lab.client import Answered, Failed, Outcome, Refused, TimedOut, complete_request, open_connection
+from tests.lab.client import TIMEOUT, Answered, Failed, Outcome, Refused, TimedOut, complete_request, open_connection
 from tests.lab.continuous_requests import ContinuousRequests
 from tests.lab.topology import Host
 
@@ -59,9 +59,10 @@ class Attempt:
 
 
 class ConnectionStream:
-    """Connects to the targets in turn while in its `with` block."""
+    """Connects to the targets in turn while in its `with` block. A connection may take `timeout` seconds."""
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    def __init__(self, targets: Sequence[Target], *, timeout: float = TIMEOUT) -> None:
+        self._timeout = timeout
         self._targets = cycle(targets)
         self._round = len(targets)
         self._flow = ContinuousRequests(self._request)
@@ -124,7 +125,7 @@ class ConnectionStream:
     def _request(self) -> Outcome:
         target, port = self._next_target()
         began = time.monotonic()
-        outcome = _connect(target, port)
+        outcome = _connect(target, port, self._timeout)
         attempt = Attempt(target, began, time.monotonic() - began, outcome)
         with self._lock:
             self._attempts.append(attempt)
@@ -144,10 +145,12 @@ class ConnectionStream:
         return target, port
 
 
-def _connect(target: Target, source_port: int) -> Outcome:
+def _connect(target: Target, source_port: int, timeout: float) -> Outcome:
     """Make one connection. A retransmission and an answer from another Service's pod count as failures, too."""
     try:
-        with open_connection(target.origin, target.address, target.port, source_port=source_port) as connection:
+        with open_connection(
+            target.origin, target.address, target.port, source_port=source_port, timeout=timeout
+        ) as connection:
             lost = _retransmissions(connection)
             answer = complete_request(connection)
     except ConnectionRefusedError:

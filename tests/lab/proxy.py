@@ -54,6 +54,11 @@ class Daemon:
         """The command line, to be shown to people."""
         return " ".join(["kproxy", *self._command[1:]])
 
+    @property
+    def pid(self) -> int:
+        """The process ID."""
+        return self._running().pid
+
     def is_up(self) -> bool:
         """Return True while the daemon runs. Raises `RuntimeError` with its last log line if it has exited."""
         code = self._running().poll()

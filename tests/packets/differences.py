@@ -16,12 +16,14 @@ from tests.packets.senders import (
     NODE_AS,
     SECOND_NODE_ADDRESSES,
     SERVICE_CIDRS,
+    UNDEFINED_PORT,
     source_of,
 )
 from tests.packets.table import HEADER, Row, read_row, read_table, rows_text, split_socket
 
 PATH = Path(__file__).with_name("nftables.txt")
 _HEADING = "## "
+REJECTED = "reject port-unreachable"
 
 
 class Reason(Enum):
@@ -77,6 +79,7 @@ def read_kproxy_table() -> list[Row]:
 
     They are those of kube-proxy, except that kproxy never drops packets to an endpoint, or the node's packets to its
     own addresses, because of a ServiceCIDR (docs/differences.md). These packets have the same fate as in iptables mode.
+    As in kube-proxy 1.38, packets to NodePorts on loopback addresses are rejected.
     """
     fates = {row._replace(fate=""): row.fate for row in read_table()}
     own = {
@@ -89,10 +92,11 @@ def read_kproxy_table() -> list[Row]:
         )
     }
     assert own
-    return [
+    rows = [
         row._replace(fate=fates[row._replace(fate="")]) if row._replace(fate="") in own else row
         for row in read_nftables_table()
     ]
+    return [row._replace(fate=REJECTED) if _is_to_loopback_node_port(row) else row for row in rows]
 
 
 def differences_text(differences: Iterable[Difference]) -> str:
@@ -124,6 +128,10 @@ def _destinations(row: Row) -> list[str]:
 
 def _is_to_loopback(row: Row) -> bool:
     return ip_address(row.address).is_loopback
+
+
+def _is_to_loopback_node_port(row: Row) -> bool:
+    return _is_to_loopback(row) and row.port != UNDEFINED_PORT
 
 
 def _is_unallocated(row: Row, fate: str) -> bool:

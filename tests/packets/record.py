@@ -23,6 +23,7 @@ from tests.packets.senders import (
     OTHER_NODE_ADDRESSES,
     SECOND_NODE_ADDRESSES,
     UNALLOCATED,
+    UNDEFINED_PORT,
     packet_of,
 )
 from tests.packets.table import PATH, Row, socket_text, table_text
@@ -31,7 +32,6 @@ from tests.recordings import GOLDEN, SCENARIOS, items
 IPTABLES_DUMPS = {Family.IPV4: "iptables-save.txt", Family.IPV6: "ip6tables-save.txt"}
 NFTABLES_DUMPS = {Family.IPV4: "nft-ip.txt", Family.IPV6: "nft-ip6.txt"}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
-UNDEFINED_PORT = 9999
 
 
 def recorded_iptables(scenario: str) -> dict[Family, IptablesSimulator]:

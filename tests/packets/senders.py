@@ -27,6 +27,10 @@ UNALLOCATED = {4: "10.96.255.250", 6: "fd00:10:96::fffa"}
 """Addresses in the ServiceCIDR that no Service has."""
 
 
+UNDEFINED_PORT = 9999
+"""A port that no Service has."""
+
+
 class Sender(NamedTuple):
     """A sender's address in each IP family, and the interface on which the node receives its packets."""
 

@@ -19,7 +19,7 @@ from kproxy.host.commands import CommandError
 from kproxy.iptables.backend import IptablesBackend
 from kproxy.iptables.names import PORT_CHAIN_PREFIXES, ChainName, is_shard
 from kproxy.iptables.runner import RestoreError
-from kproxy.model.context import Context
+from kproxy.model.context import Context, LocalhostTraffic
 from kproxy.model.drift import RepairResult, RulesChanged, Touched
 from kproxy.model.sync_report import SyncError, SyncResult
 from kproxy.model.types import Family, ServiceKey
@@ -51,6 +51,7 @@ from tests.simulation.process import FORGIVEN, Process, make_context
 MAX_SETTLE_SECONDS = 4_000.0
 """Virtual seconds after the last fault within which everything must be right."""
 EXPECTED_ERRORS = (SyncError, TableError, CommandError, RestoreError)
+LOCALHOST_TRAFFIC: tuple[LocalhostTraffic, ...] = ("", "reject", "proxy-hold")
 MAX_SETTLE_STEPS = 5_000
 INTERLEAVED = 0.25
 """The probability that other threads go on before or after an operation of the kernel."""
@@ -130,6 +131,7 @@ class World:
             "",
             masquerade_all=random.random() < 0.2,
             node_port_addresses=random.choice((None, None, NODE_ADDRESSES)),
+            localhost_traffic=LOCALHOST_TRAFFIC[seed % len(LOCALHOST_TRAFFIC)] if self.nftables else "",
         )
         self.sizes = random.choice((1, 2, 1000)), random.choice((1, 6, 6, 600, 600)), random.choice((1, 3, 1000))
         generations = Generations()

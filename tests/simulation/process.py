@@ -102,6 +102,7 @@ def make_context(family: Family, options: Context, node: Node | None) -> Context
         local_traffic=LocalTraffic(cidr=LOCAL_PODS[family]),
         masquerade_all=options.masquerade_all,
         node_port_addresses=options.node_port_addresses,
+        localhost_traffic=options.localhost_traffic,
     )
 
 

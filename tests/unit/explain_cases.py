@@ -877,6 +877,13 @@ BROKEN = [
 ]
 SOUND = [
     SetUp(
+        "NodePorts only on the loopback address",
+        cluster(NODE_PORT, SLICE, PODS),
+        "WORKS",
+        flags=("--proxy-mode=nftables", "--nodeport-addresses=127.0.0.0/8,::1/128"),
+        notes=frozenset({"NodePortNotOnThisAddress"}),
+    ),
+    SetUp(
         "ClusterIP is an address of a node",
         cluster(SERVICE.replace("10.96.0.82", "192.168.0.12"), SLICE, PODS),
         "WORKS",

@@ -15,7 +15,7 @@ from tests.faketable import FakeTable, TableState
 from tests.inprocess import SingleFamilyProxy
 
 IPV4 = Family.IPV4
-CONTEXT = Context(IPV4, "node-1", node_port_addresses=("10.99.0.2",))
+CONTEXT = Context(IPV4, "node-1", node_port_addresses=("10.99.0.2",), localhost_traffic="proxy-hold")
 FIRST = 101
 """The first endpoint number of most tests. Numbers from 101 to 199 sort the same as numbers and as text."""
 

@@ -20,7 +20,7 @@ from kproxy.cli.main import main
 from kproxy.cli.parser import COMMANDS
 from kproxy.model.types import Family
 from kproxy.serve.http import HttpRequest
-from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
+from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, LocalhostNodePorts
 from kproxy.serve.metrics import Metrics
 from tests import module_table
 
@@ -189,6 +189,7 @@ def metrics() -> frozenset[str]:
         counters = {INVALID_DROPPED: lambda: 1, LOCALHOST_ACCEPTED: lambda: 1}
         served = Metrics(mode, tuple(Family), counters, wall=lambda: 0.0)
         served.track_service_connections(dict)
+        served.track_localhost_node_ports(lambda: {Family.IPV4: LocalhostNodePorts({"TCP": 0}, 0, 0)})
         page = served.page(HttpRequest("GET", "/metrics", {}, persistent=False))
         for family in text_string_to_metric_families(page.body.decode()):
             endings = {"counter": ("_total",), "histogram": ("", "_bucket", "_sum", "_count")}

@@ -185,6 +185,8 @@ def test_keywords_that_select_nothing_on_a_single_stack_node_are_not_reported(mo
         ("nftables", "nodePortAddresses: [0.0.0.0/0]", Family.IPV4),
         ("nftables", "nodePortAddresses: [127.0.0.0/8, 10.0.0.0/8]", Family.IPV4),
         ("nftables", "nodePortAddresses: [127.0.0.0/8]", Family.IPV6),
+        ("nftables", "nodePortAddresses: [127.0.0.0/8]", Family.IPV4),
+        ("nftables", "nodePortAddresses: ['::1/128']", Family.IPV6),
         ("iptables", "nodePortAddresses: [127.0.0.0/8]", Family.IPV4),
     ],
 )
@@ -211,7 +213,7 @@ LOOPBACK = "; nftables mode has no NodePorts on loopback addresses"
 def test_node_port_cidrs_without_a_local_address_are_reported(
     mode: str, cidrs: str, family: Family, detail: str
 ) -> None:
-    text = f"nodePortAddresses: {cidrs}"
+    text = f"nodePortAddresses: {cidrs}\nfeatureGates: {{KubeProxyNFTablesLocalhostNodePorts: false}}"
     warning = node_port_warning(configured(mode, text), NODE, context(mode, text, family))
     reason = "no local address is in nodePortAddresses"
     assert warning == f"{family.value}: NodePorts are unreachable: {reason} {detail}"

@@ -61,6 +61,7 @@ PURE = (
     *(
         "app.family_contexts",
         "app.node_port_addresses",
+        "app.localhost_node_ports",
         "diagnose.report",
         "diagnose.status",
         "diagnose.anonymize",

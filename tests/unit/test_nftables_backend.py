@@ -136,7 +136,7 @@ def test_services_without_affinity_add_no_chains_sets_or_rules() -> None:
         proxy.checked_sync()
         rules.append({name: chain.rules for name, chain in proxy.table.chains.items()})
         assert len(proxy.table.sets[names.SERVICE_IPS].elements) == count
-        assert len(proxy.table.sets) == 12
+        assert len(proxy.table.sets) == 13
     assert rules[0] == rules[1]
 
 

@@ -145,8 +145,8 @@ def test_unsupported_rules(rule: str, message: str) -> None:
             chain("prerouting").replace("dstnat", "dstnat + 5") + chain("before").replace(" - 10", ""),
             "ambiguous order: two base chains at hook prerouting have the same priority",
         ),
-        ("flowtable x {\n}", "unexpected flowtable, expected one of set, map, chain"),
-        ("flags dormant", "unexpected flags, expected one of set, map, chain"),
+        ("flowtable x {\n}", "unexpected flowtable, expected one of counter, set, map, chain"),
+        ("flags dormant", "unexpected flags, expected one of counter, set, map, chain"),
         ("chain x {", "unterminated table"),
     ],
 )

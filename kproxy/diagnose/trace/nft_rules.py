@@ -194,7 +194,8 @@ def _match(content: Json, sets: Sets) -> Check:
             return local_check(text, of_source="saddr" in fib["flags"], negated=negated)
     if isinstance(left, dict) and "numgen" in left:
         return Check(never_known, text)
-
+    if isinstance(left, dict) and left.get("socket", {}).get("key") == "transparent" and right == 0:
+        return local_check(text, of_source=False, negated=negated)  # assume that a program listens
     return Check(_comparison(left, operator, right, sets), text)
 
 
