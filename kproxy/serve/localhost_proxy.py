@@ -47,7 +47,7 @@ DIAL_SECONDS = 5.0
 """How long to wait until an endpoint accepts a connection, as in kube-proxy."""
 LINGER_SECONDS = 0.05
 """How long a listener completes handshakes that clients have begun before the daemon stopped."""
-FIRST_RETRY, LONGEST_RETRY = 1.0, 60.0
+FIRST_RETRY, LONGEST_RETRY = 1.0, 10.0
 """Seconds between the first and the second attempt to open a listener. Each further interval is twice as long."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 """Seconds for which no connection is accepted if the kernel has no file descriptors or memory left."""

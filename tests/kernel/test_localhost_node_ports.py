@@ -18,7 +18,7 @@ from tests.lab.modes import NftablesRules, mode_flag
 from tests.lab.namespace import Namespace
 from tests.lab.servers import Servers
 from tests.lab.topology import Host, Lab
-from tests.lab.waiting import wait_until
+from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.lab.web_service import CLUSTER_IPS, DROP_TIMEOUT, FAMILIES, NODE_PORT
 
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
@@ -235,11 +235,19 @@ def test_closed_connections_do_not_hold_up_new_ones(lab: Lab, pods: list[Host], 
     daemons.write(web(pods))
     with daemons.run(RANGES) as daemon:
         daemon.wait_until_synced()
+        waiting = ["ss", "-tanH", "state", "time-wait", f"( sport = :{NODE_PORT} and dport = :40000 )"]
         for _ in range(3):
-            outcome = send_request(lab.node, "127.0.0.1", NODE_PORT, source_port=40_000, timeout=DROP_TIMEOUT)
-            assert isinstance(outcome, Answered)
-            waiting = ["ss", "-tanH", "state", "time-wait", f"( sport = :{NODE_PORT} )"]
-            assert lab.node.namespace.run(waiting).stdout
+            with lab.node.namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                client.bind(("127.0.0.1", 40_000))
+                client.settimeout(HANG_GUARD)
+                client.connect(("127.0.0.1", NODE_PORT))
+                info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+                assert info[100:104] == bytes(4), "retransmissions"
+                client.sendall(b"GET / HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")
+                while client.recv(1000):
+                    pass
+            wait_until(lambda: bool(lab.node.namespace.run(waiting).stdout), "kproxy's socket is in TIME_WAIT")
 
 
 @pytest.mark.parametrize("policy", ["none here", "one here"])
@@ -273,13 +281,20 @@ def test_listeners_follow_the_endpoints(lab: Lab, pods: list[Host], daemons: Dae
         assert send_request(lab.node, "127.0.0.1", NODE_PORT) == Refused()
 
 
-def test_port_of_another_program(lab: Lab, pods: list[Host], daemons: Daemons, servers: Servers) -> None:
-    program = Host("program", lab.node.namespace, ("127.0.0.1",))
-    servers.serve(program, NODE_PORT)
+def test_port_of_another_program(lab: Lab, pods: list[Host], daemons: Daemons) -> None:
+    program = lab.node.namespace.socket(socket.AF_INET, socket.SOCK_STREAM)
+    program.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else the kernel keeps the port for a minute
+    program.bind(("127.0.0.1", NODE_PORT))
+    program.listen()
     daemons.write(web(pods))
     with daemons.run(RANGES) as daemon:
         daemon.wait_until_synced()
-        assert send_request(lab.node, "127.0.0.1", NODE_PORT) == Answered("program", "127.0.0.1")
+        with lab.node.namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as client:
+            client.settimeout(HANG_GUARD)
+            client.connect(("127.0.0.1", NODE_PORT))
+            accepted, peer = program.accept()
+            assert peer == client.getsockname()
+        accepted.close()
         assert isinstance(send_request(lab.node, "::1", NODE_PORT), Answered)
         found = metrics(lab.node.namespace)
         assert found[metric("listener_creation_failures_total", 4)] >= 1
@@ -287,7 +302,7 @@ def test_port_of_another_program(lab: Lab, pods: list[Host], daemons: Daemons, s
         assert found[metric("listeners", 6)] == 1
         line = f"NodePort: cannot listen on 127.0.0.1:{NODE_PORT}: Address already in use, retrying"
         assert daemons.log.read_text().count(line) == 1
-        servers.stop(program)
+        program.close()
         wait_until(lambda: metrics(lab.node.namespace)[metric("listeners", 4)] == 1, "kproxy listens")
         assert send_request(lab.node, "127.0.0.1", NODE_PORT) in {
             Answered(pod.name, lab.node.address()) for pod in pods
