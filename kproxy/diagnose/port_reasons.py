@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
-
 from kproxy.diagnose.client_view import ClientPlace, load_balancer_pending
 from kproxy.diagnose.explain_facts import Facts
 from kproxy.diagnose.explain_report import Reason
@@ -93,7 +91,7 @@ def node_port_reason(facts: Facts, case: PortCase) -> Reason | None:
     """Return the reason if no address of this node accepts connections to the NodePort."""
     if not case.port.node_port:
         return None
-    closed = [family for family in case.plans if _only_loopback(facts.context(family).node_port_addresses)]
+    closed = [family for family in case.plans if facts.context(family).node_port_addresses == ()]
     node = facts.node
     families = {family_of(address) for address in node.addresses} if node is not None else set()
     closed = [family for family in closed if family in families]
@@ -107,11 +105,6 @@ def node_port_reason(facts: Facts, case: PortCase) -> Reason | None:
         details=(f"nodePortAddresses selects none of its addresses: {addresses}",),
         fix="correct nodePortAddresses (--nodeport-addresses) in the configuration of kproxy",
     )
-
-
-def _only_loopback(addresses: tuple[str, ...] | None) -> bool:
-    """Return whether NodePorts accept connections from this machine at most. None means all addresses."""
-    return addresses is not None and all(ip_address(address).is_loopback for address in addresses)
 
 
 def hints_elsewhere(facts: Facts, case: PortCase) -> str:

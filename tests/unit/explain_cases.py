@@ -513,14 +513,6 @@ BROKEN = [
         flags=("--nodeport-addresses=172.16.0.0/12,fd99::/64",),
     ),
     SetUp(
-        "nodePortAddresses with loopback addresses only",
-        cluster(NODE_PORT, SLICE, PODS),
-        "DEGRADED",
-        "NodePortNotOnThisAddress",
-        "192.168.0.11",
-        flags=("--nodeport-addresses=localhost",),
-    ),
-    SetUp(
         "load balancer pending",
         cluster(edit(BALANCER, "{ingress: [{ip: 203.0.113.80}]}", "{}"), SLICE, PODS),
         "DEGRADED",
