@@ -210,9 +210,14 @@ class Daemon:
             self._build(parts).run(self._messages)
 
     def _start(self, parts: ExitStack, part: Component) -> None:
-        """Start a component and register it with `parts` to be stopped."""
+        """Start a component and register it with `parts` to be stopped. Raises `StartError` if threads cannot start."""
         parts.callback(part.stop, PART_STOP_SECONDS)
-        part.start()
+        try:
+            part.start()
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or "start new thread" in str(error):
+                raise StartError(f"cannot start a thread: {error or 'out of memory'}") from None
+            raise
 
     def _build(self, parts: ExitStack) -> Reconciler:
         """Create, connect and start all parts.

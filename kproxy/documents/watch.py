@@ -269,8 +269,13 @@ class PathWatcher:
     def start(self) -> None:
         """Start the thread."""
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except BaseException:  # for example, there are too many threads
+            os.close(self._wake)
+            raise
+        self._thread = thread
 
     def stop(self, timeout: float) -> None:
         """Stop the thread. Afterwards, `callback` is not called again.

@@ -14,13 +14,19 @@ DAEMON = """
 import atexit, logging, os, signal, sys, threading
 from kproxy.app import daemon
 from kproxy.app.daemon import Daemon
+from kproxy.app.backends import StartError
 from kproxy.config import Config
+from kproxy.documents.watch import PathWatcher
 from kproxy.nftables.backend import run_pipelined
 from kproxy.sync.reconciler import Stop
 
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 atexit.register(print, "at exit")
 daemon.LIVENESS_SECONDS = 0.1
+
+
+def refuse(*_):
+    raise RuntimeError("can't start new thread")
 
 
 def hang(*_):
@@ -63,6 +69,9 @@ class StoppedDaemon(Daemon):
         if case == "build":
             os.kill(os.getpid(), signal.SIGTERM)
             hang()
+        if case == "no thread":
+            threading.Thread.start = refuse
+            self._start(parts, PathWatcher(os.devnull, lambda _: True, name="watcher", poll_period=1.0))
         if case == "failure":
             raise ValueError("broken")
         if case == "sync":
@@ -74,7 +83,7 @@ class StoppedDaemon(Daemon):
 
 try:
     StoppedDaemon(Config(), None, None, None, own_log=None).run()
-except RuntimeError as error:
+except (RuntimeError, StartError) as error:
     print(error)
     sys.exit(1)
 """
@@ -96,6 +105,7 @@ STARTED = ["start server", "start source"]
             [STOPPING, "stop source", "stop server", "thread reconciler failed: ValueError('broken')"],
         ),
         ("failure", 1, ["stop source", "stop server", "thread reconciler failed: ValueError('broken')"]),
+        ("no thread", 1, ["stop source", "stop server", "cannot start a thread: can't start new thread"]),
         ("vanished", 1, ["stop source", "stop server", "thread reconciler has ended unexpectedly"]),
     ],
 )
