@@ -25,8 +25,10 @@ from kproxy.nftables.shared_chains import SharedChain
 from kproxy.nftables.table_check import CheckedTable
 
 _INDEX_SIZE = 4
-_SETTINGS_CHAINS = {"services", "masquerading", "cluster-ips-check", "nodeport-endpoints-check"}
+_SETTINGS_CHAINS = {"services", "masquerading", "cluster-ips-check", "nodeport-endpoints-check", "filter-input"}
 """The base chains whose rules depend on settings."""
+_LOCALHOST = "localhost-"
+"""The beginning of the names of chains that exist only with some settings."""
 
 
 def compare_nftables(
@@ -104,7 +106,8 @@ def _read(table: CheckedTable, desired: DesiredTable, service: RenderedService, 
     hooks = table.chains(wanted)
     for name in wanted:
         if name not in hooks:
-            parts.chains[name] = None
+            if whole or not name.startswith(_LOCALHOST):
+                parts.chains[name] = None
             continue
         rules = table.rules(name)
         if whole or not rules or not _depends_on_context(name):
@@ -114,7 +117,7 @@ def _read(table: CheckedTable, desired: DesiredTable, service: RenderedService, 
 
 def _depends_on_context(name: str) -> bool:
     """Return whether the rules of a chain depend on settings: those for external traffic set the packet mark."""
-    if name in _SETTINGS_CHAINS:
+    if name in _SETTINGS_CHAINS or name.startswith(_LOCALHOST):
         return True
     chain = SharedChain.parse(name)
     return chain.policy.startswith("external") if chain is not None else name.startswith("external-")
@@ -123,6 +126,8 @@ def _depends_on_context(name: str) -> bool:
 def _keys(set_name: str, desired: DesiredTable, service: RenderedService, *, whole: bool) -> Iterator[bytes]:
     """Yield the keys of elements to compare: all that the Service needs, and verdicts that it must not have."""
     definition = BASE_SETS[set_name]
+    if set_name == names.LOCALHOST_NODE_PORTS and not whole:
+        return
     if definition.value is MapValue.NONE:
         if set_name != names.NODE_PORT_IPS or whole:
             yield from desired.groups(set_name)
