@@ -19,7 +19,7 @@ from kproxy.nftables.rule_content import RuleContent, expression_parts, nested_v
 from kproxy.nftables.ruleset import KeyField, NftRule
 
 Attributes: TypeAlias = dict[int, bytes]
-_Decoder: TypeAlias = Callable[[Sequence[Attributes], Family], nft.Statement]
+_Decoder: TypeAlias = Callable[[Sequence[Attributes], Family], nft.Statement | None]
 _Decoders: TypeAlias = dict[tuple[str, ...], _Decoder]
 _SOURCE = (KeyField.SOURCE,)
 _BE32 = struct.Struct(">I")
@@ -53,12 +53,16 @@ def _statements(
     begin = 0
     while begin < len(parts):
         names = tuple(name for name, _ in parts[begin:])
-        pattern = next((each for each in decoders if names[: len(each)] == each), None)
-        if pattern is None:
+        for pattern, decode in decoders.items():
+            end = begin + len(pattern)
+            if names[: len(pattern)] == pattern and (
+                statement := decode([values for _, values in parts[begin:end]], family)
+            ):
+                yield statement
+                begin = end
+                break
+        else:
             raise ValueError(names)
-        end = begin + len(pattern)
-        yield decoders[pattern]([values for _, values in parts[begin:end]], family)
-        begin = end
 
 
 # `_decode` encodes its result and compares it with the rule. The decoders therefore need not check the attributes
@@ -154,6 +158,20 @@ def _any_mark(values: Sequence[Attributes], _: Family) -> nft.Statement:
     return nft.XorMark(xor) if mask == 0xFFFFFFFF else nft.SetMark(xor)
 
 
+def _match_syn(values: Sequence[Attributes], _: Family) -> nft.Statement | None:
+    """Return None if these are two statements: a match of the protocol, and one of an address."""
+    is_header = _BE32.unpack(values[2][nf.NFTA_PAYLOAD_BASE])[0] == nf.NFT_PAYLOAD_TRANSPORT_HEADER
+    return nft.MatchSyn(negate=_compared(values[-1])[1]) if is_header else None
+
+
+def _match_socket(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    return nft.MatchSocket(transparent=bool(_compared(values[1])[0][0]))
+
+
+def _count(values: Sequence[Attributes], _: Family) -> nft.Statement:
+    return nft.Count(_text(values[0][nf.NFTA_OBJREF_IMM_NAME]))
+
+
 def _match_mark(values: Sequence[Attributes], _: Family) -> nft.Statement:
     return nft.MatchMark(_HOST32.unpack(nested_values(values[1][nf.NFTA_BITWISE_MASK])[nf.NFTA_DATA_VALUE])[0])
 
@@ -193,6 +211,9 @@ def _loads(key: Sequence[KeyField]) -> tuple[str, ...]:
 
 _KEYS = sorted({each.key for each in SETS}, key=len, reverse=True)
 _ALL_DECODERS: _Decoders = {
+    ("meta", "cmp", "payload", "bitwise", "cmp"): _match_syn,
+    ("socket", "cmp"): _match_socket,
+    ("objref",): _count,
     **{(*_loads(key), "numgen", "lookup", "nat"): _dnat_map for key in _KEYS if KeyField.NUMGEN in key},
     **{(*_loads(key), "lookup"): _any_lookup for key in _KEYS},
     **_DECODERS,

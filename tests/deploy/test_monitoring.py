@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kproxy.model.types import Family
 from kproxy.serve.http import HttpRequest
-from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, MetricDefinitions
+from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, LocalhostNodePorts, MetricDefinitions
 from kproxy.serve.metrics import Metrics
 from tests.deploy.rendered import ROOT
 
@@ -45,6 +45,7 @@ def served() -> set[str]:
     for mode in ("iptables", "nftables"):
         metrics = Metrics(mode, tuple(Family), counters(), wall=lambda: 0.0)
         metrics.track_service_connections(dict)
+        metrics.track_localhost_node_ports(lambda: {Family.IPV4: LocalhostNodePorts({"TCP": 1}, 1, 0)})
         page = metrics.page(HttpRequest("GET", "/metrics", {}, persistent=False)).body.decode()
         for family in text_string_to_metric_families(page):
             names |= {f"{family.name}_total"} if family.type == "counter" else {family.name}
