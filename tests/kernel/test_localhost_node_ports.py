@@ -175,7 +175,11 @@ def test_pods_do_not_reach_the_loopback_address_of_the_node(
     servers.stop(program)
     with daemons.run(RANGES) as daemon:
         daemon.wait_until_synced()
-        assert isinstance(send_request(lab.node, "127.0.0.1", NODE_PORT), Answered)
+
+        def answers() -> bool:  # not at once, if the program has not yet closed the port when kproxy tries to open it
+            return isinstance(send_request(lab.node, "127.0.0.1", NODE_PORT), Answered)
+
+        wait_until(answers, "an answer through the loopback address")
         assert send_request(neighbor, "127.0.0.1", NODE_PORT, timeout=DROP_TIMEOUT) == TimedOut()
 
 
