@@ -59,6 +59,9 @@ class Servers:
             kind, number = SOCKET_TYPES[protocol]
             listening = pod.namespace.socket(FAMILIES[version_of(address)], kind, number)
             listening.setblocking(False)
+            # Otherwise, a connection whose last packets are lost keeps other programs from using the port.
+            if kind == socket.SOCK_STREAM:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             _bind(listening, address, port)
             listener = self._await(self._start(pod.name, listening, protocol))
             self._listeners.setdefault(pod.name, []).append(listener)
