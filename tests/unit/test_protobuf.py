@@ -13,18 +13,9 @@ from hypothesis import strategies as st
 
 from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.json_codec import read_error, read_line
-from kproxy.kube.codec.protobuf import (
-    ENDPOINT_CACHE_SIZE,
-    FrameReader,
-    ProtobufError,
-    boolean,
-    integer,
-    message,
-    octets,
-    read_status,
-    text,
-)
+from kproxy.kube.codec.protobuf import ENDPOINT_CACHE_SIZE, FrameReader, read_status
 from kproxy.kube.codec.watch_events import Bookmark, Deleted, ErrorStatus, Event, UndecodableObject
+from kproxy.kube.codec.wire_format import ProtobufError, boolean, integer, message, octets, text
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
 from tests.apiserver import protobuf

@@ -18,7 +18,7 @@ from kproxy.kube.codec.conversion import (
     convert_slice,
 )
 from kproxy.kube.codec.object_error import ObjectError, explain
-from kproxy.kube.codec.protobuf import MAGIC, ProtobufError, read_status
+from kproxy.kube.codec.protobuf import MAGIC, read_status
 from kproxy.kube.codec.watch_events import (
     INITIAL_EVENTS_END,
     MAX_TEXT_LENGTH,
@@ -30,6 +30,7 @@ from kproxy.kube.codec.watch_events import (
     error_from_status,
     one_line,
 )
+from kproxy.kube.codec.wire_format import ProtobufError
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Service, ServiceCIDR
 

@@ -26,9 +26,7 @@ Both encodings use the same amount of memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from msgspec import Struct, field
 
@@ -57,6 +55,7 @@ from kproxy.kube.codec.watch_events import (
     error_from_status,
     one_line,
 )
+from kproxy.kube.codec.wire_format import ProtobufError, boolean, bytes_field, integer, message, nested, octets, text
 from kproxy.model.delta import Kind
 from kproxy.model.types import Endpoint, EndpointSlice, Family, Service, ServiceCIDR
 
@@ -69,9 +68,6 @@ ENDPOINT_CACHE_SIZE = 1024
 They take about 0.4 MB. By default, the EndpointSlice controller puts at most 100 endpoints into one EndpointSlice.
 """
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-"""Wire types. The other two wire types delimit groups, which Kubernetes does not use."""
-_MAX_VARINT_SHIFT = 63
 _CACHED_PORTS = 256
 _CACHED_CONDITIONS = 32
 _CACHED_TYPE_METAS = 8
@@ -82,140 +78,6 @@ _KEPT_KEYS = (
 """Keys of the labels and annotations that are decoded. All others are skipped."""
 _KEPT_ENTRIES = tuple(b"\n%c%b" % (len(key), key.encode()) for key in _KEPT_KEYS)
 _DECODING_ERRORS = (ValueError, IndexError)  # IndexError: the message ends inside a tag or a number
-_S = TypeVar("_S")
-
-
-class ProtobufError(ValueError):
-    """Bytes that are not a valid encoding of the expected message. The error's text says why."""
-
-
-# The wire format (protobuf.dev, "Encoding").
-
-
-class ProtobufField(NamedTuple):
-    """A field of a message: its tag (number and wire type), its decoder, and whether it is repeated."""
-
-    tag: int
-    decode: Callable[[Any], Any]
-    repeated: bool = False
-
-
-_KnownFields: TypeAlias = dict[int, tuple[str, Callable[[Any], Any], bool]]
-
-
-def message(shape: Callable[..., _S], **fields: ProtobufField) -> Callable[[bytes], _S]:
-    """Return a decoder for messages with these `fields`. The decoder skips all other fields.
-
-    The decoder passes the values to `shape` as keyword arguments and returns the result. It omits fields that the
-    message does not contain. An empty string or message also counts as absent, unless the field is repeated; 0 and
-    false count as present. The decoder raises `ProtobufError`, `IndexError` if the message ends inside a tag or a
-    number, and whatever the decoders of the fields raise.
-    """
-    known = {field.tag: (name, field.decode, field.repeated) for name, field in fields.items()}
-    return partial(_decode_message, known, shape)
-
-
-def text(number: int, *, repeated: bool = False) -> ProtobufField:
-    """Return a string field. Decoding raises `UnicodeDecodeError` for invalid UTF-8."""
-    return ProtobufField(number << 3 | _BYTES, bytes.decode, repeated)
-
-
-def octets(number: int, *, repeated: bool = False) -> ProtobufField:
-    """Return a field whose value stays undecoded: bytes, or a message that is decoded later."""
-    return ProtobufField(number << 3 | _BYTES, bytes, repeated)
-
-
-def integer(number: int) -> ProtobufField:
-    """Return an int32 or int64 field."""
-    return ProtobufField(number << 3 | _VARINT, _signed)
-
-
-def boolean(number: int) -> ProtobufField:
-    """Return a bool field."""
-    return ProtobufField(number << 3 | _VARINT, bool)
-
-
-def nested(number: int, decode: Callable[[bytes], Any], *, repeated: bool = False) -> ProtobufField:
-    """Return a message field. `decode` decodes the message, like the decoders that `message` returns."""
-    return ProtobufField(number << 3 | _BYTES, decode, repeated)
-
-
-def _decode_message(known: _KnownFields, shape: Callable[..., _S], raw: bytes) -> _S:
-    values: dict[str, Any] = {}
-    position, end = 0, len(raw)
-    while position < end:
-        tag, number = raw[position], raw[position + 1]
-        position += 2
-        if tag > 127 or tag & 5:
-            tag, number, position = _uncommon_field(raw, position - 2)
-        elif number > 127:
-            number, position = _varint(raw, position - 1)
-        if tag & 7 == _BYTES:
-            stop = position + number
-            if tag in known:
-                name, decode, repeated = known[tag]
-                if repeated:
-                    values.setdefault(name, []).append(decode(raw[position:stop]))
-                elif number:
-                    values[name] = decode(raw[position:stop])
-            position = stop
-        elif tag in known:
-            name, decode, _ = known[tag]
-            values[name] = decode(number)
-    if position > end:
-        raise ProtobufError("a field extends past the end of its message")
-    return shape(**values)
-
-
-def _bytes_field(raw: bytes, position: int, number: int) -> tuple[int, int]:
-    """Return the start and end of the content of field `number` (at most 15), whose tag must be at `position`.
-
-    Raises `ProtobufError` if another tag is at `position` or if the field extends past the end of `raw`, and
-    `IndexError` if `raw` ends before the content.
-    """
-    if raw[position] != number << 3 | _BYTES:
-        raise ProtobufError(f"expected field {number}, but found tag {raw[position]:#x}")
-    size, start = _varint(raw, position + 1)
-    if start + size > len(raw):
-        raise ProtobufError("a field extends past the end of its message")
-    return start, start + size
-
-
-def _uncommon_field(raw: bytes, position: int) -> tuple[int, int, int]:
-    """Decode the tag of a field whose tag is longer than one byte or whose value has a fixed size.
-
-    Return the tag, the field's value or length (0 for a fixed-size value), and the position at which to continue.
-    Raises `ProtobufError` for a wire type that Kubernetes does not use.
-    """
-    tag, position = _varint(raw, position)
-    wire_type = tag & 7
-    if wire_type in {_VARINT, _BYTES}:
-        number, position = _varint(raw, position)
-        return tag, number, position
-    if wire_type in {_FIXED64, _FIXED32}:
-        return tag, 0, position + (8 if wire_type == _FIXED64 else 4)
-    raise ProtobufError(f"unsupported wire type {wire_type}")
-
-
-def _varint(raw: bytes, position: int) -> tuple[int, int]:
-    """Decode a varint. Return its value and the position after it."""
-    value = shift = 0
-    while True:
-        byte = raw[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-        shift += 7
-        if shift > _MAX_VARINT_SHIFT:
-            raise ProtobufError("a varint is longer than 64 bits")
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >> 63 else number
-
-
-# The Kubernetes messages.
 
 
 def _entry(key: str = "", value: str = "") -> tuple[str, str]:
@@ -428,10 +290,10 @@ def _convert_raw_endpoint(raw: bytes, family: Family) -> Endpoint | IgnoredField
 
 def _split_event(frame: bytes) -> tuple[str, bytes]:
     """Return the type of a WatchEvent, and its object including the envelope."""
-    start, end = _bytes_field(frame, 0, 1)
+    start, end = bytes_field(frame, 0, 1)
     event_type = frame[start:end].decode()
-    start, end = _bytes_field(frame, end, 2)
-    start, end = _bytes_field(frame[:end], start, 1)
+    start, end = bytes_field(frame, end, 2)
+    start, end = bytes_field(frame[:end], start, 1)
     return event_type, frame[start:end]
 
 
@@ -443,11 +305,11 @@ def _unwrap(raw: bytes, kind: str) -> bytes:
     """
     if not raw.startswith(MAGIC):
         raise ProtobufError(f"an object must start with {MAGIC!r}, not {raw[:4]!r}")
-    start, end = _bytes_field(raw, len(MAGIC), 1)
+    start, end = bytes_field(raw, len(MAGIC), 1)
     found = _decode_kind(raw[start:end])
     if found != kind:
         raise must_be(kind, found, "kind")
-    start, end = _bytes_field(raw, end, 2)
+    start, end = bytes_field(raw, end, 2)
     content_encoding, content_type = _decode_encoding(raw[end:])
     if content_encoding:
         raise must_be("empty", content_encoding, "contentEncoding")
