@@ -253,3 +253,28 @@ def test_idle_connections_have_tcp_keepalive(client: ApiClient) -> None:
         sock = response._raw.connection.sock
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [30, 10, 3]
+
+
+@pytest.mark.parametrize(("excess", "reused"), [(b"", True), (b"unexpected", False)])
+def test_connection_is_used_again_after_a_complete_chunked_body(excess: bytes, reused: bool) -> None:
+    connections: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while len(connections) < 2 - reused:
+                connections.append(listener.accept()[0])
+                for _ in range(1 + reused):
+                    connections[-1].recv(1 << 16)
+                    connections[-1].sendall(CHUNKED + chunk(b"one\n") + chunk(b"two\n") + chunk(b"") + excess)
+
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        client = ApiClient.from_config(None, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        for _ in range(2):
+            with client.get("/", {"watch": "1"}, HANG_GUARD) as response:
+                assert list(split_lines(response.chunks())) == [b"one", b"two"]
+        server.join(HANG_GUARD)
+        assert not server.is_alive()
+        assert len(connections) == 2 - reused
+    for each in connections:
+        each.close()

@@ -1,7 +1,7 @@
 """HTTP responses from the API server, and connection errors. A body is read either as a whole or as a stream.
 
 Whatever the server sends, a response takes a bounded amount of memory. Bodies that are read as a whole have a maximum
-size, pieces of a stream are small even if they are compressed, and `http.client` limits headers and chunk sizes.
+size, pieces of a stream are small even if they are compressed, and the sizes of headers and chunk lines are limited.
 """
 # ruff: noqa: PLC0415 - urllib3 takes megabytes of memory; only processes with a client load it
 
@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
+
+from kproxy.kube.client.chunked import ChunkedDecoder
 
 MAX_BODY_BYTES = 64 << 20
 """Default maximum size of a body that is read as a whole, in bytes, after decompression."""
@@ -85,12 +87,31 @@ class ApiResponse:
             raise TransportError(f"unsupported Content-Encoding {encoding[:20]!r}")
 
     def _received(self) -> Iterator[bytes]:
-        while True:
-            with TransportErrors():
-                chunk: bytes = self._raw.read1(_CHUNK_SIZE, decode_content=False) or b""
-            if not chunk:
-                return
-            yield chunk
+        original: Any = getattr(self._raw, "_original_response", None)  # of http.client
+        if getattr(original, "chunked", False) and original.chunk_left is None:
+            return self._received_chunked(original)
+        return self._received_plain()
+
+    def _received_plain(self) -> Iterator[bytes]:
+        with TransportErrors():
+            while piece := self._raw.read1(_CHUNK_SIZE, decode_content=False):
+                yield piece
+
+    def _received_chunked(self, original: Any) -> Iterator[bytes]:
+        """Like `_received_plain`, but in a fraction of the time if the body has many small chunks."""
+        decoder = ChunkedDecoder()
+        with TransportErrors():
+            while not decoder.complete:
+                received = original.fp.read1(_CHUNK_SIZE)
+                if not received:
+                    raise TransportError("the connection was closed before the end of the response")
+                if piece := decoder.decode(received):
+                    yield piece
+                if decoder.problem:
+                    raise TransportError(f"invalid chunked encoding: {decoder.problem}")
+            if not decoder.excess:
+                original.close()  # the end of the response, so the connection can be used for another request
+                self._raw.release_conn()
 
     def close(self) -> None:
         """Shut down the connection. Any thread may call this method.

@@ -57,20 +57,30 @@ def split_frames(chunks: Iterable[bytes], limit: int = MAX_EVENT_BYTES) -> Itera
 
     An incomplete last frame is dropped. Raises `FramingError` for a frame of more than `limit` bytes.
     """
-    buffer = bytearray()
+    tail: list[bytes] = []  # what was received of an incomplete frame
+    received, needed = 0, _LENGTH_BYTES
     for chunk in chunks:
-        buffer += chunk
-        frame_end = 0
-        while len(buffer) >= frame_end + _LENGTH_BYTES:
-            start = frame_end + _LENGTH_BYTES
-            size = int.from_bytes(buffer[frame_end:start], "big")
+        received += len(chunk)
+        if received < needed:
+            tail.append(chunk)
+            continue
+        buffer = b"".join((*tail, chunk)) if tail else chunk
+        position = 0
+        while True:
+            start = position + _LENGTH_BYTES
+            if start > received:
+                needed = _LENGTH_BYTES
+                break
+            size = int.from_bytes(buffer[position:start], "big")
             if size > limit:
                 raise FramingError(f"an event of {size} bytes exceeds the maximum of {limit} bytes")
-            if len(buffer) < start + size:
+            if start + size > received:
+                needed = _LENGTH_BYTES + size
                 break
-            frame_end = start + size
-            yield bytes(buffer[start:frame_end])
-        del buffer[:frame_end]
+            position = start + size
+            yield buffer[start:position]
+        received -= position
+        tail = [buffer[position:]] if received else []
 
 
 class WatchStream(Protocol):
