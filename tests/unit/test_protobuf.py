@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.json_codec import read_error, read_line
-from kproxy.kube.codec.protobuf import ENDPOINT_CACHE_SIZE, FrameReader, read_status
-from kproxy.kube.codec.watch_events import Bookmark, Deleted, ErrorStatus, Event, UndecodableObject
+from kproxy.kube.codec.protobuf import FrameReader, read_status
+from kproxy.kube.codec.shapes import ENDPOINT_CACHE_SIZE
+from kproxy.kube.codec.watch_events import Bookmark, Deleted, ErrorStatus, Event, Unchanged, UndecodableObject
 from kproxy.kube.codec.wire_format import ProtobufError, boolean, integer, message, octets, text
 from kproxy.model.delta import Kind
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
@@ -49,15 +51,30 @@ def assert_equal_events(plain: Event, framed: Event) -> None:
         assert plain == framed
 
 
+def with_last_content(event: Event, last: Event | None) -> Event:
+    """Return an event with the content of the last event of the object if the content is unchanged."""
+    if not isinstance(event, Unchanged):
+        return event
+    assert isinstance(last, DecodedObject)
+    return replace(last, resource_version=event.resource_version)
+
+
 @pytest.mark.parametrize("kind", [Service, EndpointSlice])
 @pytest.mark.parametrize("recording", ["watch", "watchlist"])
 def test_recorded_watches(kind: Kind, recording: str) -> None:
     path = TESTS / "watch" / f"{kind.__name__.lower()}s.{recording}.jsonl"
     reader, count = FrameReader(kind), 0
+    last: dict[tuple[str, str], Event] = {}
     for line in path.read_bytes().splitlines():
         plain = read_line(kind, line)
         assert not isinstance(plain, UndecodableObject)
-        assert reader.read(protobuf.frame_of_line(line)[4:]) == plain
+        framed = reader.read(protobuf.frame_of_line(line)[4:])
+        if isinstance(plain, DecodedObject):
+            key = plain.namespace, plain.name
+            assert with_last_content(framed, last.get(key)) == plain
+            last[key] = plain
+        else:
+            assert framed == plain
         count += 1
     assert count > 10
 
@@ -203,24 +220,29 @@ def test_object_decodes_identically_from_protobuf_and_json(kind: Kind, data: st.
 def test_cached_endpoints_equal_newly_decoded_ones(data: st.DataObject) -> None:
     reader = FrameReader(EndpointSlice)
     pool = data.draw(st.lists(endpoints, min_size=1, max_size=4))
-    for _ in range(4):
+    last: Event | None = None
+    for version in range(4):
         body: dict[str, Any] = TYPE_META[EndpointSlice] | endpoint_slice("web-1", "web", [])
         body["addressType"] = data.draw(st.sampled_from(["IPv4", "IPv6"]))
         body["endpoints"] = data.draw(st.lists(st.sampled_from(pool), max_size=4))
-        assert_equal_events(
-            from_json(EndpointSlice, "MODIFIED", body), reader.read(protobuf.frame("MODIFIED", body)[4:])
-        )
+        body["metadata"]["resourceVersion"] = f"{version + 1}"
+        framed = with_last_content(reader.read(protobuf.frame("MODIFIED", body)[4:]), last)
+        last = from_json(EndpointSlice, "MODIFIED", body)
+        assert_equal_events(last, framed)
 
 
 def test_repeated_endpoint_is_the_same_object() -> None:
     reader = FrameReader(EndpointSlice)
 
     def read(*addresses: str) -> EndpointSlice:
-        event = reader.read(protobuf.frame("MODIFIED", endpoint_slice("web-1", "web", addresses))[4:])
+        body = endpoint_slice("web-1", "web", addresses)
+        body["metadata"]["resourceVersion"] = "1"
+        event = reader.read(protobuf.frame("MODIFIED", body)[4:])
         assert isinstance(event, DecodedObject)
         assert isinstance(event.object, EndpointSlice)
         return event.object
 
+    read("10.0.0.9")  # the first slice is decoded field by field
     first, second = read("10.0.0.1", "10.0.0.2"), read("10.0.0.2", "10.0.0.3")
     assert first.endpoints[1] is second.endpoints[0]
     read(*(f"10.{number >> 8}.{number & 255}.9" for number in range(ENDPOINT_CACHE_SIZE)))

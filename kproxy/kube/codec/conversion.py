@@ -103,7 +103,7 @@ def ignored_fields_text(ignored: Sequence[IgnoredField]) -> str:
 def convert_service(service: schema.ApiService) -> DecodedObject:
     """Convert a Service. Raises `ObjectError` for an invalid value."""
     ignored: list[IgnoredField] = []
-    _check_name(service.metadata.name, "name", is_label=True)
+    _check_name(service.metadata.name, "name", label=True)
     return _decoded(service.metadata, _convert_service(service, ignored), ignored)
 
 
@@ -169,17 +169,22 @@ def _decoded(
     return DecodedObject(metadata.namespace, metadata.name, metadata.resource_version, converted, tuple(ignored))
 
 
-def _check_name(name: str, field: str, *, is_label: bool = False) -> None:
+def _check_name(name: str, field: str, *, label: bool = False) -> None:
     if not name:
         raise ObjectError("is missing", ("metadata", field))
-    if not (_LABEL.fullmatch(name) if is_label else is_subdomain(name)):
-        raise must_be(_LABEL_FORMAT if is_label else _SUBDOMAIN_FORMAT, name, "metadata", field)
+    if not (_LABEL.fullmatch(name) if label else is_subdomain(name)):
+        raise must_be(_LABEL_FORMAT if label else _SUBDOMAIN_FORMAT, name, "metadata", field)
 
 
 @lru_cache(maxsize=1024)  # the names of nodes occur in many endpoints
 def is_subdomain(name: str) -> bool:
     """Return whether a name is a lowercase RFC 1123 subdomain, as the names of most objects are."""
     return len(name) <= MAX_SUBDOMAIN_LENGTH and _SUBDOMAIN.fullmatch(name) is not None
+
+
+def is_label(name: str) -> bool:
+    """Return whether a name is a lowercase RFC 1123 label, as the names of namespaces and Services are."""
+    return _LABEL.fullmatch(name) is not None
 
 
 def _special_address(special: str, address: str, *field: str | int) -> ObjectError:
@@ -231,7 +236,7 @@ def _convert_service(service: schema.ApiService, ignored: list[IgnoredField]) ->
     external_ips = _addresses(spec.external_ips, _SPECIAL, "spec", "externalIPs")
     accepts_external = spec.type in {"NodePort", "LoadBalancer"} or bool(external_ips)
     external_local = accepts_external and spec.external_traffic_policy == "Local"
-    _check_name(metadata.namespace, "namespace", is_label=True)
+    _check_name(metadata.namespace, "namespace", label=True)
     ports = tuple([_convert_port(port, index) for index, port in enumerate(spec.ports or ())])
     if not 0 <= spec.health_check_node_port <= MAX_PORT:
         raise _out_of_range(0, MAX_PORT, spec.health_check_node_port, "spec", "healthCheckNodePort")
@@ -334,7 +339,7 @@ def _convert_slice(
     if endpoint_slice.address_type not in {"IPv4", "IPv6"}:
         return None
     family = Family(endpoint_slice.address_type)
-    _check_name(metadata.namespace, "namespace", is_label=True)
+    _check_name(metadata.namespace, "namespace", label=True)
     converted = [convert(endpoint, family) for endpoint in endpoints]
     usable = tuple([item for item in converted if isinstance(item, Endpoint)])
     if len(usable) < len(converted):
@@ -357,7 +362,7 @@ def _convert_slice(
         family=family,
         endpoints=usable,
         ports=tuple(ports),
-        last_change=_trigger_time(metadata.annotations),
+        last_change=trigger_time((metadata.annotations or {}).get(TRIGGER_TIME_ANNOTATION, "")),
         invalid=len(ignored),
     )
 
@@ -376,8 +381,11 @@ def _convert_endpoint_port(port: schema.ApiEndpointPort) -> EndpointPort | Ignor
     return EndpointPort(intern(port.name or ""), port.port, protocol)
 
 
-def _trigger_time(annotations: dict[str, str] | None) -> float:
-    text = (annotations or {}).get(TRIGGER_TIME_ANNOTATION, "")
+def trigger_time(text: str) -> float:
+    """Return the time of the last change of an EndpointSlice, in seconds since the epoch, or 0.0 if it is unknown.
+
+    `text` is the value of the annotation `TRIGGER_TIME_ANNOTATION`, or "".
+    """
     try:
         return datetime.fromisoformat(text).timestamp() if text else 0.0
     except ValueError:

@@ -32,6 +32,12 @@ class Bookmark(Struct, frozen=True):
     initial_events_end: bool
 
 
+class Unchanged(Struct, frozen=True):
+    """A MODIFIED event of an object in which nothing that kproxy uses differs from the object's previous event."""
+
+    resource_version: str
+
+
 class UndecodableObject(Struct, frozen=True):
     """An object that is invalid or cannot be decoded. `text` says why.
 
@@ -61,7 +67,7 @@ class ErrorStatus(Struct, frozen=True):
         return f"{self.code} {self.reason}: {self.message}" if self.reason else f"{self.code}: {self.message}"
 
 
-Event: TypeAlias = DecodedObject | Deleted | Bookmark | UndecodableObject | ErrorStatus
+Event: TypeAlias = DecodedObject | Unchanged | Deleted | Bookmark | UndecodableObject | ErrorStatus
 
 
 def one_line(text: str) -> str:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 """Wire types. The other two wire types delimit groups, which Kubernetes does not use."""
 _MAX_VARINT_SHIFT = 63
+DECODING_ERRORS = (ValueError, IndexError)
+"""What decoders raise for bytes that are not a valid message. IndexError: the bytes end inside a tag or a number."""
 _S = TypeVar("_S")
 
 
@@ -78,18 +80,18 @@ def _decode_message(known: _KnownFields, shape: Callable[..., _S], raw: bytes) -
             tag, number, position = _uncommon_field(raw, position - 2)
         elif number > 127:
             number, position = varint(raw, position - 1)
+        entry = known.get(tag)
         if tag & 7 == _BYTES:
             stop = position + number
-            if tag in known:
-                name, decode, repeated = known[tag]
+            if entry:
+                name, decode, repeated = entry
                 if repeated:
                     values.setdefault(name, []).append(decode(raw[position:stop]))
                 elif number:
                     values[name] = decode(raw[position:stop])
             position = stop
-        elif tag in known:
-            name, decode, _ = known[tag]
-            values[name] = decode(number)
+        elif entry:
+            values[entry[0]] = entry[1](number)
     if position > end:
         raise ProtobufError("a field extends past the end of its message")
     return shape(**values)
@@ -103,7 +105,9 @@ def bytes_field(raw: bytes, position: int, number: int) -> tuple[int, int]:
     """
     if raw[position] != number << 3 | _BYTES:
         raise ProtobufError(f"expected field {number}, but found tag {raw[position]:#x}")
-    size, start = varint(raw, position + 1)
+    size, start = raw[position + 1], position + 2
+    if size > 127:
+        size, start = varint(raw, position + 1)
     if start + size > len(raw):
         raise ProtobufError("a field extends past the end of its message")
     return start, start + size
@@ -126,14 +130,21 @@ def _uncommon_field(raw: bytes, position: int) -> tuple[int, int, int]:
 
 
 def varint(raw: bytes, position: int) -> tuple[int, int]:
-    """Decode a varint. Return its value and the position after it."""
-    value = shift = 0
+    """Decode a varint. Return its value and the position after it.
+
+    Raises `ProtobufError` if it is longer than 64 bits, and `IndexError` if `raw` ends before its end.
+    """
+    value = raw[position]
+    if value < 128:
+        return value, position + 1
+    value &= 127
+    shift = 7
     while True:
-        byte = raw[position]
         position += 1
+        byte = raw[position]
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, position
+            return value, position + 1
         shift += 7
         if shift > _MAX_VARINT_SHIFT:
             raise ProtobufError("a varint is longer than 64 bits")

@@ -14,7 +14,7 @@ from msgspec import Struct
 from kproxy.kube.codec.conversion import HEADLESS_LABEL, PROXY_NAME_LABEL, DecodedObject, ignored_fields_text
 from kproxy.kube.codec.json_codec import ListPageError, read_error, read_page
 from kproxy.kube.codec.streams import ACCEPT_JSON, ACCEPT_WATCH
-from kproxy.kube.codec.watch_events import Bookmark, Deleted, ErrorStatus, Event, UndecodableObject
+from kproxy.kube.codec.watch_events import Bookmark, Deleted, ErrorStatus, Event, Unchanged, UndecodableObject
 from kproxy.model.delta import Delete, Delta, Kind, Replace, Upsert
 from kproxy.model.packed_objects import PackedSequence, pack
 from kproxy.model.types import EndpointSlice, Service, ServiceCIDR
@@ -359,7 +359,7 @@ class ListWatch:
             return ListWatchStep((InvalidObject(self._kind, event.namespace, event.name, event.text),))
         self._failures = self._relists = 0
         self.error = ""
-        if isinstance(event, Bookmark):
+        if isinstance(event, Bookmark | Unchanged):
             return ListWatchStep()
         if isinstance(event, Deleted) or event.object is None:
             return ListWatchStep((Delete(self._kind, event.namespace, event.name),))
