@@ -48,7 +48,13 @@ PURE = (
     *(f"nftables.{name}" for name in ("service_chains", "rule_decoder")),
     *(f"nftables.{name}" for name in ("rule_content", "desired_table", "repair")),
     *(f"kube.codec.{name}" for name in ("schema", "object_error", "conversion", "json_codec", "protobuf")),
-    *("kube.codec.watch_events", "kube.codec.streams", "kube.codec.wire_format", "kube.codec.shapes"),
+    *(
+        "kube.codec.watch_events",
+        "kube.codec.streams",
+        "kube.codec.wire_format",
+        "kube.codec.shapes",
+        "kube.codec.contents",
+    ),
     *("kube.client.chunked",),
     *("kube.listwatch.protocol", "kube.events.correlator", "kube.client.http_proxy"),
     *(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kproxy.kube.codec.json_codec import decode_object, read_line
-from kproxy.kube.codec.watch_events import UndecodableObject
+from kproxy.kube.codec.watch_events import Unchanged, UndecodableObject
 from kproxy.kube.listwatch.protocol import IgnoredFields, InvalidObject, ListWatch, ListWatchRequest, ListWatchStep
 from kproxy.model.delta import Delete, Kind, Object, Replace, Upsert
 from kproxy.model.types import EndpointSlice, Node, Service, ServiceCIDR
@@ -765,6 +765,17 @@ HEADLESS = b"""{"type":"MODIFIED","object":{"metadata":{"name":"web","namespace"
 
 def test_service_that_becomes_headless_is_deleted() -> None:
     assert synced_watch().handle_line(HEADLESS) == ListWatchStep((Delete(Service, "demo", "web"),))
+
+
+def test_event_that_changes_nothing_counts_as_activity_and_has_no_messages() -> None:
+    watch = synced_watch()
+    first = watch.handle_failure("reset by peer").reconnect_after
+    assert watch.handle_event(Unchanged("97")) == ListWatchStep()
+    assert watch.next_request().params["resourceVersion"] == "97"
+    assert watch.handle_failure("reset by peer").reconnect_after == first
+    watch = new_watch()
+    assert watch.handle_event(Unchanged("97")) == ListWatchStep()
+    assert "sendInitialEvents" in watch.next_request().params
 
 
 @pytest.mark.parametrize("change", [HEADLESS, invalid_service(kind="DELETED")])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kproxy.kube.codec.conversion import DecodedObject, IgnoredField
 from kproxy.kube.codec.protobuf import FrameReader, convert_raw_endpoint, decode_object
-from kproxy.kube.codec.shapes import MAX_CONTENTS, MAX_SHAPES, ShapeReader
-from kproxy.kube.codec.watch_events import Deleted, Event, Unchanged, UndecodableObject
+from kproxy.kube.codec.shapes import MAX_SHAPES, ShapeReader
+from kproxy.kube.codec.watch_events import Event, Unchanged
 from kproxy.kube.codec.wire_format import DECODING_ERRORS, varint
 from kproxy.model.types import Endpoint, EndpointSlice, Family, Service
 from tests.apiserver import protobuf
@@ -250,65 +250,3 @@ def test_corrupted_content_decodes_as_field_by_field(kind: type[Service | Endpoi
             reader.read(raw)
     else:
         assert reader.read(raw) == expected
-
-
-# Events that change nothing.
-
-
-def slice_event(change: str = "MODIFIED", *, annotation: str = "", variant: int = 0, version: int = 1) -> bytes:
-    body = with_version(CLUSTER.endpoint_slice(300, annotation=annotation, variant=variant), version)
-    return protobuf.frame(change, body)[4:]
-
-
-def test_event_that_changes_nothing() -> None:
-    reader = FrameReader(EndpointSlice)
-    assert isinstance(reader.read(slice_event("ADDED")), DecodedObject)
-    assert isinstance(reader.read(slice_event(annotation="1", version=2)), DecodedObject), "the first is decoded"
-    assert reader.read(slice_event(annotation="2", version=3)) == Unchanged("3")
-    assert isinstance(reader.read(slice_event(variant=1, version=4)), DecodedObject)
-    assert isinstance(reader.read(slice_event(version=5)), DecodedObject), "it differs from the last state"
-    assert reader.read(slice_event(annotation="3", version=6)) == Unchanged("6")
-
-
-@pytest.mark.parametrize("between", ["ADDED", "DELETED"])
-def test_content_is_forgotten_with_the_object(between: str) -> None:
-    reader = FrameReader(EndpointSlice)
-    reader.read(slice_event())
-    assert isinstance(reader.read(slice_event(between)), Deleted if between == "DELETED" else DecodedObject)
-    assert isinstance(reader.read(slice_event(annotation="1")), DecodedObject)
-
-
-def test_content_is_forgotten_when_the_object_becomes_invalid() -> None:
-    reader = FrameReader(Service)
-    good = with_version(CLUSTER.service(1))
-    bad = merged(good, {"spec": {"clusterIP": "web", "clusterIPs": ["web"]}})
-    assert isinstance(reader.read(protobuf.frame("MODIFIED", good)[4:]), DecodedObject)
-    assert isinstance(reader.read(protobuf.frame("MODIFIED", good)[4:]), Unchanged)
-    for _ in range(2):
-        assert isinstance(reader.read(protobuf.frame("MODIFIED", bad)[4:]), UndecodableObject)
-    assert isinstance(reader.read(protobuf.frame("MODIFIED", good)[4:]), DecodedObject)
-
-
-def test_trigger_time_is_part_of_the_content() -> None:
-    reader = FrameReader(EndpointSlice)
-    for second in ("39", "40"):
-        body = with_version(CLUSTER.endpoint_slice(300))
-        note = {"endpoints.kubernetes.io/last-change-trigger-time": f"2026-11-20T23:47:{second}Z"}
-        body["metadata"]["annotations"] = note
-        event = reader.read(protobuf.frame("MODIFIED", body)[4:])
-        assert isinstance(event, DecodedObject)
-        assert event == from_json(EndpointSlice, "MODIFIED", body)
-
-
-def test_number_of_remembered_contents_is_limited() -> None:
-    reader = FrameReader(Service)
-    body = with_version(CLUSTER.service(0))
-
-    def event(number: int) -> Event:
-        body["metadata"]["name"] = f"service-{number}"
-        return reader.read(protobuf.frame("MODIFIED", body)[4:])
-
-    for number in range(MAX_CONTENTS + 1):
-        assert isinstance(event(number), DecodedObject)
-    assert isinstance(event(0), DecodedObject)
-    assert isinstance(event(MAX_CONTENTS), Unchanged)

@@ -9,7 +9,12 @@ import msgspec
 from msgspec import Struct
 
 from kproxy.kube.codec import schema
+from kproxy.kube.codec.contents import Contents
 from kproxy.kube.codec.conversion import (
+    HEADLESS_LABEL,
+    PROXY_NAME_LABEL,
+    SERVICE_NAME_LABEL,
+    TRIGGER_TIME_ANNOTATION,
     DecodedObject,
     convert_endpoint,
     convert_node,
@@ -23,8 +28,10 @@ from kproxy.kube.codec.watch_events import (
     INITIAL_EVENTS_END,
     MAX_TEXT_LENGTH,
     Bookmark,
+    Deleted,
     ErrorStatus,
     Event,
+    Unchanged,
     UndecodableObject,
     deleted_event,
     error_from_status,
@@ -37,6 +44,9 @@ from kproxy.model.types import EndpointSlice, Service, ServiceCIDR
 Raw: TypeAlias = bytes | msgspec.Raw | Any
 """JSON text, or data that was parsed from YAML."""
 _JSON_TEXT = (bytes, msgspec.Raw)
+_MODIFIED = b'{"type":"MODIFIED",'
+"""The start of an event of this type, as Go writes it."""
+_NO_JSON = msgspec.Raw()
 _S = TypeVar("_S", bound=Struct)
 
 
@@ -68,6 +78,27 @@ class _WatchEvent(Struct):
     object: msgspec.Raw
 
 
+class _SliceParts(Struct, rename="camel"):
+    metadata: schema.ApiMetadata
+    endpoints: msgspec.Raw = _NO_JSON
+    ports: msgspec.Raw = _NO_JSON
+    address_type: str = ""
+
+
+class _ServiceParts(Struct):
+    metadata: schema.ApiMetadata
+    spec: msgspec.Raw = _NO_JSON
+    status: msgspec.Raw = _NO_JSON
+
+
+class _SliceEvent(Struct):
+    object: _SliceParts
+
+
+class _ServiceEvent(Struct):
+    object: _ServiceParts
+
+
 class _ListMetadata(Struct, rename="camel"):
     resource_version: str = ""
     continue_token: str = msgspec.field(default="", name="continue")
@@ -92,6 +123,8 @@ def decoder(shape: type[_S]) -> Callable[[Raw], _S]:
 
 
 _decode_event = msgspec.json.Decoder(_WatchEvent).decode
+_decode_service_event = msgspec.json.Decoder(_ServiceEvent).decode
+_decode_slice_event = msgspec.json.Decoder(_SliceEvent).decode
 _decode_service = decoder(schema.ApiService)
 _decode_slice = decoder(schema.ApiEndpointSlice)
 _decode_node = decoder(schema.ApiNode)
@@ -134,6 +167,44 @@ def read_line(kind: Kind, raw: bytes) -> Event:
         return deleted_event(event.type, metadata.namespace, metadata.name, metadata.resource_version)
     except ObjectError as error:
         return UndecodableObject("", "", "", one_line(str(error)))
+
+
+class LineReader:
+    """Decodes the lines of one watch of `kind`, and recognizes events that change nothing that kproxy uses."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+        self._contents = Contents()
+
+    def read(self, raw: bytes) -> Event:
+        """Like `read_line`, but return `Unchanged` for such an event."""
+        modified = raw.startswith(_MODIFIED)
+        if modified and (unchanged := self._unchanged(raw)):
+            return unchanged
+        event = read_line(self._kind, raw)
+        if isinstance(event, Deleted | UndecodableObject) or (isinstance(event, DecodedObject) and not modified):
+            self._contents.forget(event.namespace, event.name)
+        return event
+
+    def _unchanged(self, raw: bytes) -> Unchanged | None:
+        try:
+            if self._kind is EndpointSlice:
+                part = _decode_slice_event(raw).object
+                metadata = part.metadata
+                content: tuple[object, ...] = (bytes(part.endpoints), bytes(part.ports), part.address_type)
+            elif self._kind is Service:
+                service = _decode_service_event(raw).object
+                metadata, content = service.metadata, (bytes(service.spec), bytes(service.status))
+            else:
+                return None
+        except (ValueError, RecursionError):
+            return None  # `read_line` says what is wrong
+        labels, annotations = metadata.labels or {}, metadata.annotations or {}
+        used = [labels.get(SERVICE_NAME_LABEL), PROXY_NAME_LABEL in labels, HEADLESS_LABEL in labels]
+        used.append(annotations.get(TRIGGER_TIME_ANNOTATION))
+        if self._contents.is_unchanged(metadata.namespace, metadata.name, *used, *content):
+            return Unchanged(metadata.resource_version)
+        return None
 
 
 def read_page(kind: Kind, raw: bytes) -> ListPage:

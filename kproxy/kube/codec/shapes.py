@@ -17,6 +17,7 @@ from functools import lru_cache
 from sys import intern
 from typing import TypeAlias, TypeVar
 
+from kproxy.kube.codec.contents import Contents
 from kproxy.kube.codec.conversion import (
     HEADLESS_LABEL,
     PROXY_NAME_LABEL,
@@ -42,8 +43,6 @@ MAX_SHAPES = 256
 """Maximum number of shapes that are kept, of each kind: Services, ends of EndpointSlices, and endpoints."""
 MAX_SHAPE_BYTES = 512
 """Maximum size of the encoded part of an object that belongs to its shape."""
-MAX_CONTENTS = 4096
-"""Maximum number of objects whose last content is remembered. They take about 0.7 MB."""
 
 # Tags: the number of a field and its wire type.
 _NAME, _GENERATE_NAME, _NAMESPACE, _SELF_LINK, _UID, _RESOURCE_VERSION = 0x0A, 0x12, 0x1A, 0x22, 0x2A, 0x32
@@ -100,11 +99,11 @@ class ShapeReader:
         self._slice_ends: dict[bytes, tuple[Family, tuple[EndpointPort, ...]]] = {}
         self._endpoints: dict[tuple[bytes, bytes, Family], Endpoint] = {}
         self._endpoint = lru_cache(maxsize=ENDPOINT_CACHE_SIZE)(self._read_endpoint)
-        self._contents: dict[int, int] = {}
+        self._contents = Contents()
 
     def forget(self, namespace: str, name: str) -> None:
         """Forget the content of an object, which has been deleted or could not be decoded."""
-        self._contents.pop(hash((namespace, name)), None)
+        self._contents.forget(namespace, name)
 
     def read_service(self, raw: bytes, *, modified: bool) -> DecodedObject | Unchanged:
         """Decode a Service. Raises one of `DECODING_ERRORS`.
@@ -221,21 +220,9 @@ class ShapeReader:
         return _endpoint_of(shape, address)
 
     def _is_unchanged(self, namespace: str, name: str, *content: bytes, modified: bool) -> bool:
-        """Return whether an object has the same content as when it was last read. If not, remember it.
-
-        Only the hash of the content is remembered. It has 64 bits and a random key (SipHash), so that nobody can find
-        two contents with the same hash.
-        """
-        if not modified:
-            if self._contents:
-                self.forget(namespace, name)
-            return False
-        key, value = hash((namespace, name)), hash((namespace, name, *content))
-        if self._contents.get(key) == value:
-            return True
-        if len(self._contents) >= MAX_CONTENTS:
-            self._contents.clear()
-        self._contents[key] = value
+        if modified:
+            return self._contents.is_unchanged(namespace, name, *content)
+        self._contents.forget(namespace, name)
         return False
 
     def _names(self, raw: bytes) -> _Names:

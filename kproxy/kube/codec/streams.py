@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from kproxy.kube.codec import protobuf
-from kproxy.kube.codec.json_codec import read_line
+from kproxy.kube.codec.json_codec import LineReader
 from kproxy.kube.codec.watch_events import Event
 from kproxy.model.delta import Kind
 
@@ -106,4 +106,4 @@ def read_events(kind: Kind, stream: WatchStream, limit: int = MAX_EVENT_BYTES) -
     if stream.media_type == protobuf.MEDIA_TYPE:
         yield from map(protobuf.FrameReader(kind).read, split_frames(stream.chunks(), limit))
     else:
-        yield from (read_line(kind, line) for line in split_lines(stream.chunks(), limit) if line.strip())
+        yield from map(LineReader(kind).read, filter(bytes.strip, split_lines(stream.chunks(), limit)))
