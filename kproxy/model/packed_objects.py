@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Generic, TypeVar, cast, overload
 
@@ -23,6 +23,11 @@ def unpack(kind: type[_S], packed: bytes) -> _S:
     return cast("Decoder[_S]", _decoder(kind)).decode(packed)
 
 
+def pack_all(objects: Sequence[_S]) -> Iterable[bytes]:
+    """Return the packed form of each object. A `PackedSequence` already has it."""
+    return objects.packed if isinstance(objects, PackedSequence) else map(pack, objects)
+
+
 @cache
 def _decoder(kind: type[Struct]) -> object:
     return Decoder(kind)
@@ -36,7 +41,7 @@ class PackedSequence(Sequence[_S], Generic[_S]):
 
     def __init__(self, kind: type[_S], packed: Sequence[bytes]) -> None:
         self._kind = kind
-        self._packed = packed
+        self.packed = packed
 
     @overload
     def __getitem__(self, index: int) -> _S: ...
@@ -46,14 +51,14 @@ class PackedSequence(Sequence[_S], Generic[_S]):
 
     def __getitem__(self, index: int | slice) -> _S | Sequence[_S]:
         if isinstance(index, slice):
-            return PackedSequence(self._kind, self._packed[index])
-        return unpack(self._kind, self._packed[index])
+            return PackedSequence(self._kind, self.packed[index])
+        return unpack(self._kind, self.packed[index])
 
     def __iter__(self) -> Iterator[_S]:
-        return (unpack(self._kind, packed) for packed in self._packed)
+        return (unpack(self._kind, packed) for packed in self.packed)
 
     def __len__(self) -> int:
-        return len(self._packed)
+        return len(self.packed)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

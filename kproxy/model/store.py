@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import TypeAlias
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 from msgspec.structs import replace
 
 from kproxy.model.addresses import family_of
 from kproxy.model.delta import BASIC_KINDS, Delta, Invalid, Kind, Object, Replace, Upsert
-from kproxy.model.packed_objects import pack, unpack
+from kproxy.model.packed_objects import pack, pack_all, unpack
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR, ServiceKey
 
 SliceKey: TypeAlias = str
@@ -42,6 +42,30 @@ class StoreChange(Struct, frozen=True):
     def affects(self, family: Family) -> bool:
         """Return whether the plans of a family may have changed."""
         return self.families is None or family in self.families
+
+
+class _ServiceHead(Struct, array_like=True, gc=False):
+    """The first fields of a packed Service."""
+
+    namespace: str
+    name: str
+
+
+class _SliceHead(Struct, array_like=True, gc=False):
+    """The fields of a packed EndpointSlice. Those that the store does not need stay packed."""
+
+    namespace: str
+    name: str
+    service: ServiceKey
+    family: Family
+    endpoints: Raw
+    ports: Raw
+    last_change: float
+    invalid: int
+
+    @property
+    def key(self) -> SliceKey:
+        return f"{self.namespace}/{self.name}"
 
 
 class Store:
@@ -165,6 +189,9 @@ class Store:
         self._unlisted.discard(delta.kind)
         if delta.kind is Service:
             self._invalid, self._ignored = set(delta.unreadable), delta.ignored
+            return self._replace_services(delta)
+        if delta.kind is EndpointSlice:
+            return self._replace_slices(delta)
         if delta.kind is Node:
             self._node_exists = ("", self._node_name) in delta.unreadable
         deleted = self._identities(delta.kind).difference(delta.unreadable)
@@ -174,17 +201,44 @@ class Store:
             changes.append(self._put(each))
         changes += [self._remove(delta.kind, namespace, name) for namespace, name in deleted]
         return StoreChange(
-            frozenset().union(*(changed.services for changed in changes)),
-            any(changed.node for changed in changes),
+            node=any(changed.node for changed in changes),
             service_cidrs=any(changed.service_cidrs for changed in changes),
-            appeared=frozenset().union(*(changed.appeared for changed in changes)),
         )
 
+    # A list of Services or EndpointSlices can be long, so its objects stay packed, and their changes are added up.
+
+    def _replace_services(self, delta: Replace) -> StoreChange:
+        deleted = set(self._services).difference(map(_joined, delta.unreadable))
+        changed: set[ServiceKey] = set()
+        appeared: set[ServiceKey] = set()
+        for each in pack_all(delta.objects):
+            head = unpack(_ServiceHead, each)
+            key = f"{head.namespace}/{head.name}"
+            deleted.discard(key)
+            before = self._services.get(key)
+            if before != each:
+                self._services[key] = each
+                changed.add(key)
+            if before is None:
+                appeared.add(key)
+        for key in deleted:
+            del self._services[key]
+        return StoreChange(frozenset(changed | deleted), appeared=frozenset(appeared))
+
+    def _replace_slices(self, delta: Replace) -> StoreChange:
+        deleted = set(self._slices).difference(map(_joined, delta.unreadable))
+        changed: set[ServiceKey] = set()
+        for each in pack_all(delta.objects):
+            head = unpack(_SliceHead, each)
+            key = head.key
+            deleted.discard(key)
+            if self._slices.get(key) != each:
+                changed |= self._put_packed_slice(key, head, each)
+        for key in deleted:
+            changed |= self._remove_slice(key).services
+        return StoreChange(frozenset(changed))
+
     def _identities(self, kind: Kind) -> set[tuple[str, str]]:
-        if kind is Service:
-            return set(map(_split, self._services))
-        if kind is EndpointSlice:
-            return set(map(_split, self._slices))
         if kind is ServiceCIDR:
             return {("", name) for name in self._service_cidrs}
         return {("", self.node.name)} if self.node else set()
@@ -222,19 +276,29 @@ class Store:
         return StoreChange(keys, appeared=keys if before is None else frozenset(), families=families)
 
     def _put_slice(self, endpoint_slice: EndpointSlice) -> StoreChange:
-        key, packed = f"{endpoint_slice.namespace}/{endpoint_slice.name}", pack(endpoint_slice)
-        if self._slices.get(key) == packed:
+        key, new = f"{endpoint_slice.namespace}/{endpoint_slice.name}", pack(endpoint_slice)
+        if self._slices.get(key) == new:
             return StoreChange()
-        removed = self._remove_slice(key)
-        self._slices[key] = packed
-        if endpoint_slice.invalid:
-            self._invalid_endpoints[key] = endpoint_slice.invalid
-        self._slices_of[endpoint_slice.service] = (*self._slices_of.get(endpoint_slice.service, ()), key)
+        families = {endpoint_slice.family} | self._family_of_slice(key)
+        services = self._put_packed_slice(key, unpack(_SliceHead, new), new)
         return StoreChange(
-            removed.services | {endpoint_slice.service},
-            families=(removed.families or frozenset()) | {endpoint_slice.family},
+            services,
+            families=frozenset(families),
             last_changes=((endpoint_slice.family, endpoint_slice.last_change),) if endpoint_slice.last_change else (),
         )
+
+    def _family_of_slice(self, key: SliceKey) -> set[Family]:
+        known = self._slices.get(key)
+        return {unpack(_SliceHead, known).family} if known is not None else set()
+
+    def _put_packed_slice(self, key: SliceKey, head: _SliceHead, new: bytes) -> frozenset[ServiceKey]:
+        """Store a new or changed EndpointSlice. Return the Services that it belongs to, and belonged to before."""
+        services = self._remove_slice(key).services | {head.service}
+        self._slices[key] = new
+        if head.invalid:
+            self._invalid_endpoints[key] = head.invalid
+        self._slices_of[head.service] = (*self._slices_of.get(head.service, ()), key)
+        return services
 
     def _remove_slice(self, key: SliceKey) -> StoreChange:
         """Remove an EndpointSlice, if it exists."""
@@ -242,7 +306,7 @@ class Store:
         self._invalid_endpoints.pop(key, None)
         if packed is None:
             return StoreChange()
-        removed = unpack(EndpointSlice, packed)
+        removed = unpack(_SliceHead, packed)
         owner = removed.service
         others = tuple(each for each in self._slices_of.pop(owner) if each != key)
         if others:
@@ -278,9 +342,8 @@ def _families(service: Service) -> frozenset[Family]:
     return frozenset([family_of(address) for address in service.cluster_ips])
 
 
-def _split(key: str) -> tuple[str, str]:
-    namespace, _, name = key.partition("/")
-    return namespace, name
+def _joined(identity: tuple[str, str]) -> str:
+    return "/".join(identity)
 
 
 def _cidr_order(cidr: str) -> tuple[bool, IPv4Network | IPv6Network]:
