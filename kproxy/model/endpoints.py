@@ -28,7 +28,7 @@ def endpoints_by_socket(
         for port in endpoint_slice.ports:
             if port.name == port_name and port.protocol == protocol:
                 _add(endpoints, endpoint_slice.endpoints, port.port, ipv6=family is Family.IPV6)
-    return {socket: endpoints[socket] for socket in sorted(endpoints)}
+    return {socket: endpoints[socket] for socket in sorted(endpoints)} if len(endpoints) > 1 else endpoints
 
 
 def _add(by_socket: dict[str, Endpoint], endpoints: Iterable[Endpoint], port: int, *, ipv6: bool) -> None:

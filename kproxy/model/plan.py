@@ -101,7 +101,7 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     @property
     def outlives_sync(self) -> bool:
         """Whether the plan is needed after the sync: for UDP flows, health checks, or the metric of dropped traffic."""
-        dropped = TrafficDecision.DROP in (self.internal, self.external)
+        dropped = self.internal is TrafficDecision.DROP or self.external is TrafficDecision.DROP
         return dropped or self.protocol == "UDP" or bool(self.health_check_node_port)
 
     @property
@@ -114,13 +114,22 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
 
 def plan_service(service: Service, slices: Iterable[EndpointSlice], context: Context) -> tuple[ServicePortPlan, ...]:
     """Plan the ports of a Service in the context's family. Return no plans if it has no ClusterIP of that family."""
-    family = context.family
-    cluster_ip = next((ip for ip in service.cluster_ips if family_of(ip) is family), None)
+    cluster_ip = cluster_ip_of(service, context.family)
     if cluster_ip is None:
         return ()
-    ordered = sorted(slices, key=lambda each: each.name)
+    ordered = list(slices)
+    if len(ordered) > 1:
+        ordered.sort(key=lambda each: each.name)
     slices_of = _slices_by_port(ordered, len(service.ports))
-    return tuple(_plan_port(service, cluster_ip, port, slices_of(port), context) for port in service.ports)
+    return tuple([_plan_port(service, cluster_ip, port, slices_of(port), context) for port in service.ports])
+
+
+def cluster_ip_of(service: Service, family: Family) -> str | None:
+    """Return the Service's ClusterIP of a family, or None if it has none."""
+    for address in service.cluster_ips:
+        if family_of(address) is family:
+            return address
+    return None
 
 
 def count_endpoints(service: Service, slices: Collection[EndpointSlice], family: Family) -> int:
@@ -129,7 +138,7 @@ def count_endpoints(service: Service, slices: Collection[EndpointSlice], family:
     An endpoint that serves several ports counts once per port. The result is 0 if the Service has no ClusterIP of the
     family.
     """
-    if not any(family_of(ip) is family for ip in service.cluster_ips):
+    if cluster_ip_of(service, family) is None:
         return 0
     slices_of = _slices_by_port([each for each in slices if each.family is family], len(service.ports))
     return sum(_count_port(slices_of(port), port) for port in service.ports)
@@ -167,7 +176,7 @@ def _plan_port(
     external_ips = _of_family(service.external_ips, context.family)
     vips = _of_family(service.vips, context.family)
     family_ranges = _of_family(service.source_ranges, context.family) if vips else ()
-    ranges = _effective_ranges(family_ranges)
+    ranges = _effective_ranges(family_ranges) if family_ranges else ()
     accessible = bool(port.node_port or external_ips or vips)
 
     known = endpoints_by_socket(slices, context.family, port.name, port.protocol)
@@ -188,7 +197,7 @@ def _plan_port(
         external_ips=external_ips,
         vips=vips,
         source_ranges=ranges,
-        vips_are_sources=any(_contains(each, context.node_address) for each in ranges),
+        vips_are_sources=bool(ranges) and any(_contains(each, context.node_address) for each in ranges),
         health_check_node_port=service.health_check_node_port,
         affinity_seconds=service.affinity_seconds,
         internal_local=service.internal_local,
@@ -201,7 +210,7 @@ def _plan_port(
         endpoints_on_node=_may_be_on(context.node_name, known, (cluster, local)),
         local_ready=_ready_on(context.node_name, known.values()) if service.health_check_node_port else (),
         unrestricted=bool(vips and service.source_ranges and not family_ranges),
-        dual_stack=len({family_of(ip) for ip in service.cluster_ips}) > 1,
+        dual_stack=len(service.cluster_ips) > 1,
     )
 
 

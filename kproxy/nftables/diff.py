@@ -210,6 +210,9 @@ class NftablesDiff:
     ) -> None:
         self._count_verdicts(old, -1)
         self._count_verdicts(new, 1)
+        if new is not None and old is None and self._snapshot is None:
+            self._add_frontend(transaction, new)
+            return
         new_verdicts = _verdict_elements(new) if new else {}
         new_endpoints = dict(new.endpoints) if new else {}
         old_verdicts, old_endpoints = self._current_elements(key, old)
@@ -219,6 +222,16 @@ class NftablesDiff:
             self._change_endpoints(
                 transaction, map_name, key, old_endpoints.get(map_name, b""), new_endpoints.get(map_name, b"")
             )
+
+    def _add_frontend(self, transaction: Transaction, new: RenderedFrontend) -> None:
+        """Add all elements of a frontend that has none in the kernel."""
+        comment = comment_of(new.service_port)
+        for map_name, verdict in new.verdicts:
+            transaction.add_element(map_name, SetElement(new.key, verdict, comment))
+        for map_name, values in new.endpoints:
+            if values:
+                runs = transaction.added_endpoints.setdefault(map_name, [])
+                runs += endpoint_elements(new.key, values, self._endpoint_size)
 
     def _current_elements(
         self, key: bytes, old: RenderedFrontend | None

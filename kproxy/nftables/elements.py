@@ -208,8 +208,10 @@ def endpoint_size(family: Family) -> int:
 
 def pack_endpoints(endpoints: Sequence[str]) -> bytes:
     """Return the concatenated map values for endpoints of one family. Each endpoint is given as `IP:port`."""
+    if not endpoints:
+        return b""
     parts = [endpoint.rpartition(":") for endpoint in endpoints]
-    if parts and parts[0][0][0] == "[":
+    if parts[0][0][0] == "[":
         return b"".join([inet_pton(_INET6, address[1:-1]) + _packed_port(port) for address, _, port in parts])
     return b"".join([inet_pton(_INET, address) + _packed_port(port) for address, _, port in parts])
 

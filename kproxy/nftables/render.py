@@ -84,7 +84,8 @@ def render_service(plans: Sequence[ServicePortPlan], context: Context) -> Render
     sets: list[NftSet] = []
     for plan in plans:
         frontends += _frontends(plan, context)
-        hairpins += [hairpin_key(endpoint, plan.protocol) for endpoint in plan.endpoints_on_node]
+        if plan.endpoints_on_node:
+            hairpins += [hairpin_key(endpoint, plan.protocol) for endpoint in plan.endpoints_on_node]
         if plan.source_ranges:
             chains.append(_firewall_chain(plan))
         if plan.affinity_seconds and plan.has_endpoints:
@@ -102,7 +103,7 @@ def _frontends(plan: ServicePortPlan, context: Context) -> Iterator[RenderedFron
     all_endpoints = pack_endpoints(plan.cluster_endpoints)
     local_endpoints = pack_endpoints(plan.local_endpoints)
     yield _internal_frontend(plan, all_endpoints, local_endpoints)
-    for address in dict.fromkeys((*plan.external_ips, *plan.vips)):
+    for address in dict.fromkeys((*plan.external_ips, *plan.vips)) if plan.external_ips or plan.vips else ():
         key = service_key(address, plan.protocol, plan.port)
         restricted = bool(plan.source_ranges) and address in plan.vips
         yield _external_frontend(plan, "service", key, all_endpoints, local_endpoints, restricted=restricted)

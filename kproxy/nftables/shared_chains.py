@@ -36,6 +36,7 @@ _ENDPOINT_MAPS = {
 }
 
 
+@lru_cache(1 << 10)
 def chain_capacity(endpoints: int) -> int:
     """Return the smallest capacity of a chain that is sufficient for this number of endpoints.
 
@@ -160,16 +161,19 @@ def external_local_rules(context: Context, any_chain: str, local_chain: str) -> 
     return tuple(rules)
 
 
+@lru_cache(1 << 8)
 def any_chain_name(kind: FrontendKind, endpoints: int) -> str:
     """Return the name of the chain that selects an endpoint for frontends with this many endpoints."""
     return SharedChain(kind, "any", chain_capacity(endpoints)).name
 
 
+@lru_cache(1 << 8)
 def local_chain_name(kind: FrontendKind, endpoints: int) -> str:
     """Return the name of the chain that selects a local endpoint for frontends with this many local endpoints."""
     return SharedChain(kind, "local", chain_capacity(endpoints)).name
 
 
+@lru_cache(1 << 8)
 def external_chain_name(kind: FrontendKind, endpoints: int) -> str:
     """Return the name of the chain for external traffic with `externalTrafficPolicy: Cluster`."""
     return SharedChain(kind, "external", chain_capacity(endpoints)).name

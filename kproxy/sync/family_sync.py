@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from kproxy.model.addresses import family_of
 from kproxy.model.context import Context
 from kproxy.model.drift import RepairResult, Touched
-from kproxy.model.plan import ServicePortPlan, count_endpoints, plan_service
+from kproxy.model.plan import ServicePortPlan, cluster_ip_of, count_endpoints, plan_service
 from kproxy.model.store import Store, StoreChange
 from kproxy.model.sync_report import (
     ApplyResult,
@@ -291,10 +291,14 @@ class StorePlans:
         """Return the plans of one Service."""
         plans = self._plan(key)
         if key in self._keys:
-            self.lasting.pop(key, None)
-            self.conditions.pop(key, None)
-            if any(plan.outlives_sync for plan in plans):
-                self.lasting[key] = plans
+            if self.lasting:
+                self.lasting.pop(key, None)
+            if self.conditions:
+                self.conditions.pop(key, None)
+            for plan in plans:
+                if plan.outlives_sync:
+                    self.lasting[key] = plans
+                    break
             if (condition := service_condition(plans)) is not None:
                 self.conditions[key] = condition
         return plans
@@ -306,8 +310,10 @@ class StorePlans:
     def _plan(self, key: ServiceKey) -> Sequence[ServicePortPlan]:
         with self._store.lock:
             service = self._store.service(key)
-            slices = self._store.slices(key) if service else []
-        return plan_service(service, slices, self._context) if service else ()
+            if service is None or cluster_ip_of(service, self._context.family) is None:
+                return ()
+            slices = self._store.slices(key)
+        return plan_service(service, slices, self._context)
 
 
 class EndpointCounts:

@@ -19,6 +19,7 @@ from kproxy.kube.codec.watch_events import ErrorStatus, UndecodableObject, one_l
 from kproxy.kube.listwatch.protocol import (
     INACTIVITY,
     MAX_PAGE_BYTES,
+    NOTHING,
     IgnoredFields,
     InvalidObject,
     ListWatch,
@@ -137,6 +138,11 @@ class LogDeduplicator:
         self._logged = {old: at for old, at in self._logged.items() if now - at < self._period}
         self._logged[text] = now
         return True
+
+    @property
+    def error_is_open(self) -> bool:
+        """Whether an error was logged, but not the recovery from it."""
+        return bool(self._open_error)
 
     def should_log_error(self, error: str, now: float, *, lasting: bool = False) -> bool:
         """Return whether to log the current error. If `error` is "", return whether to log the recovery.
@@ -277,13 +283,15 @@ class _Reflector:
             return self._process_page(response.read(self._limits.page))
         self._watch_start = time.monotonic()
         self._machine.handle_open()
-        self._carry_out(ListWatchStep())
+        self._carry_out(NOTHING)
         for event in read_events(self._kind, response, self._limits.event):
             if isinstance(event, ErrorStatus | UndecodableObject):
                 self._on_error(self.name, "status" if isinstance(event, ErrorStatus) else "decoding")
             else:
                 self.last_contact = time.monotonic()
             step = self._machine.handle_event(event)
+            if step is NOTHING and not (self._machine.error or self._messages.error_is_open):
+                continue
             if step.reconnect_after is not None:
                 return step
             self._carry_out(step)

@@ -140,6 +140,10 @@ class ListWatchStep(Struct, frozen=True):
     renew_credentials: bool = False
 
 
+NOTHING = ListWatchStep()
+"""A step without messages, after which the caller keeps reading the current response."""
+
+
 def resource_of(kind: Kind, node_name: str) -> ApiResource:
     """Return the resource of a kind. The selector for Nodes selects only the Node `node_name`."""
     if kind is Service:
@@ -346,8 +350,8 @@ class ListWatch:
             self._listed.pop((event.namespace, event.name), None)
         elif isinstance(event, DecodedObject):
             self._add_listed(event)
-            return ListWatchStep(self._ignored_fields(event))
-        return ListWatchStep()
+            return ListWatchStep(self._ignored_fields(event)) if event.ignored_fields else NOTHING
+        return NOTHING
 
     def _handle_change(self, event: Event) -> ListWatchStep:
         """Handle an event of a watch that follows a complete list."""
@@ -360,7 +364,7 @@ class ListWatch:
         self._failures = self._relists = 0
         self.error = ""
         if isinstance(event, Bookmark | Unchanged):
-            return ListWatchStep()
+            return NOTHING
         if isinstance(event, Deleted) or event.object is None:
             return ListWatchStep((Delete(self._kind, event.namespace, event.name),))
         return ListWatchStep((Upsert(event.object), *self._ignored_fields(event)))
