@@ -30,6 +30,7 @@ from kproxy.app.skipped_families import SkippedFamilies
 from kproxy.config import Config, as_document
 from kproxy.config.validation import default_mode_warning
 from kproxy.host.ctnetlink import UdpConntrack
+from kproxy.host.heap import release_unused_memory
 from kproxy.host.interfaces import AddressMonitor, own_addresses
 from kproxy.host.nf_tables_events import RulesWatch
 from kproxy.host.nfacct import read_counter
@@ -45,6 +46,7 @@ from kproxy.kube.listwatch.api_source import ApiSource
 from kproxy.model.delta import Kind
 from kproxy.model.localhost_node_ports import DRAIN_SECONDS
 from kproxy.model.store import Store
+from kproxy.model.sync_report import SyncReport
 from kproxy.model.types import Family, Node, ServiceKey
 from kproxy.nftables.rejected_packets import rejected_packets
 from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, LocalhostNodePorts
@@ -61,6 +63,8 @@ from kproxy.sync.service_events import ServiceEventListener
 if TYPE_CHECKING:
     from kproxy.serve.localhost_proxy import LocalhostProxy
 
+MANY_SERVICES = 1000
+"""With at least so many Services, a sync needs megabytes of memory."""
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 0.7
@@ -303,7 +307,7 @@ class Daemon:
                 *(each.on_sync for each in watches),
             ],
             on_repair=[*serving.on_repair, control.on_repair, drift.on_repair],
-            after_sync=[conntrack.clean, first_sync.run],
+            after_sync=[conntrack.clean, first_sync.run, _release_memory],
             check_interval=periods.sync_period,
             full_check_interval=FULL_CHECK_SECONDS,
             monitor=watch.check,
@@ -473,6 +477,12 @@ class Daemon:
     def _fail(self, error: BaseException | None) -> None:
         self._failure = error
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _release_memory(report: SyncReport) -> None:
+    """After a sync of many Services, return the memory that it needed (`kproxy.model.sync_report.AfterSyncStep`)."""
+    if report.result is not None and report.result.services >= MANY_SERVICES:
+        release_unused_memory()
 
 
 def _localhost_proxy(config: Config) -> LocalhostProxy | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Generic, TypeVar, cast, overload
 
@@ -23,9 +23,9 @@ def unpack(kind: type[_S], packed: bytes) -> _S:
     return cast("Decoder[_S]", _decoder(kind)).decode(packed)
 
 
-def pack_all(objects: Sequence[_S]) -> Iterable[bytes]:
-    """Return the packed form of each object. A `PackedSequence` already has it."""
-    return objects.packed if isinstance(objects, PackedSequence) else map(pack, objects)
+def object_key(namespace: str, name: str) -> str:
+    """Return the key of an object among those of its kind. The namespace of Nodes and ServiceCIDRs is ""."""
+    return f"{namespace}/{name}"
 
 
 @cache
@@ -39,9 +39,10 @@ class PackedSequence(Sequence[_S], Generic[_S]):
     It compares equal to any sequence that contains equal objects in the same order.
     """
 
-    def __init__(self, kind: type[_S], packed: Sequence[bytes]) -> None:
+    def __init__(self, kind: type[_S], by_key: Mapping[str, bytes]) -> None:
+        """`by_key` contains the packed objects by `object_key`."""
         self._kind = kind
-        self.packed = packed
+        self.by_key = by_key
 
     @overload
     def __getitem__(self, index: int) -> _S: ...
@@ -50,15 +51,16 @@ class PackedSequence(Sequence[_S], Generic[_S]):
     def __getitem__(self, index: slice) -> Sequence[_S]: ...
 
     def __getitem__(self, index: int | slice) -> _S | Sequence[_S]:
-        if isinstance(index, slice):
-            return PackedSequence(self._kind, self.packed[index])
-        return unpack(self._kind, self.packed[index])
+        packed = list(self.by_key.items())[index]
+        if isinstance(packed, list):
+            return PackedSequence(self._kind, dict(packed))
+        return unpack(self._kind, packed[1])
 
     def __iter__(self) -> Iterator[_S]:
-        return (unpack(self._kind, packed) for packed in self.packed)
+        return (unpack(self._kind, packed) for packed in self.by_key.values())
 
     def __len__(self) -> int:
-        return len(self.packed)
+        return len(self.by_key)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)

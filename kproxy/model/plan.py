@@ -86,7 +86,7 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
     @property
     def name(self) -> str:
         """`namespace/name:port`, or `namespace/name` for an unnamed port."""
-        return f"{self.service}:{self.port_name}" if self.port_name else self.service
+        return service_port_name(self.service, self.port_name)
 
     @property
     def has_endpoints(self) -> bool:
@@ -112,8 +112,18 @@ class ServicePortPlan(Struct, frozen=True, gc=False):
         return tuple(sorted({*self.cluster_endpoints, *self.local_endpoints}))
 
 
-def plan_service(service: Service, slices: Iterable[EndpointSlice], context: Context) -> tuple[ServicePortPlan, ...]:
-    """Plan the ports of a Service in the context's family. Return no plans if it has no ClusterIP of that family."""
+def service_port_name(service: ServiceKey, port_name: str) -> str:
+    """Return `namespace/name:port`, or `namespace/name` for an unnamed port."""
+    return f"{service}:{port_name}" if port_name else service
+
+
+def plan_service(
+    service: Service, slices: Iterable[EndpointSlice], context: Context, *, key: ServiceKey = ""
+) -> tuple[ServicePortPlan, ...]:
+    """Plan the ports of a Service in the context's family. Return no plans if it has no ClusterIP of that family.
+
+    A caller that keeps the `key` of the Service should pass it: the plans then refer to the same string.
+    """
     cluster_ip = cluster_ip_of(service, context.family)
     if cluster_ip is None:
         return ()
@@ -121,7 +131,10 @@ def plan_service(service: Service, slices: Iterable[EndpointSlice], context: Con
     if len(ordered) > 1:
         ordered.sort(key=lambda each: each.name)
     slices_of = _slices_by_port(ordered, len(service.ports))
-    return tuple([_plan_port(service, cluster_ip, port, slices_of(port), context) for port in service.ports])
+    name = key or service.key
+    return tuple(
+        [_plan_port(service, port, slices_of(port), context, key=name, cluster_ip=cluster_ip) for port in service.ports]
+    )
 
 
 def cluster_ip_of(service: Service, family: Family) -> str | None:
@@ -171,7 +184,13 @@ def _count_port(slices: list[EndpointSlice], port: ServicePort) -> int:
 
 
 def _plan_port(
-    service: Service, cluster_ip: str, port: ServicePort, slices: list[EndpointSlice], context: Context
+    service: Service,
+    port: ServicePort,
+    slices: list[EndpointSlice],
+    context: Context,
+    *,
+    key: ServiceKey,
+    cluster_ip: str,
 ) -> ServicePortPlan:
     external_ips = _of_family(service.external_ips, context.family)
     vips = _of_family(service.vips, context.family)
@@ -188,7 +207,7 @@ def _plan_port(
     cluster = cluster_endpoints(known, context.node_name, context.zone) if uses_cluster else ()
     anywhere = bool(cluster or usable(known))
     return ServicePortPlan(
-        service=service.key,
+        service=key,
         port_name=port.name,
         protocol=port.protocol,
         cluster_ip=cluster_ip,

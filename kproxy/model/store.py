@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from ipaddress import IPv4Network, IPv6Network, ip_network
+from itertools import starmap
 from typing import TypeAlias
 
 from msgspec import Raw, Struct
@@ -12,7 +13,7 @@ from msgspec.structs import replace
 
 from kproxy.model.addresses import family_of
 from kproxy.model.delta import BASIC_KINDS, Delta, Invalid, Kind, Object, Replace, Upsert
-from kproxy.model.packed_objects import pack, pack_all, unpack
+from kproxy.model.packed_objects import PackedSequence, object_key, pack, unpack
 from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR, ServiceKey
 
 SliceKey: TypeAlias = str
@@ -44,13 +45,6 @@ class StoreChange(Struct, frozen=True):
         return self.families is None or family in self.families
 
 
-class _ServiceHead(Struct, array_like=True, gc=False):
-    """The first fields of a packed Service."""
-
-    namespace: str
-    name: str
-
-
 class _SliceHead(Struct, array_like=True, gc=False):
     """The fields of a packed EndpointSlice. Those that the store does not need stay packed."""
 
@@ -62,10 +56,6 @@ class _SliceHead(Struct, array_like=True, gc=False):
     ports: Raw
     last_change: float
     invalid: int
-
-    @property
-    def key(self) -> SliceKey:
-        return f"{self.namespace}/{self.name}"
 
 
 class Store:
@@ -96,7 +86,7 @@ class Store:
         self._node_name = node_name
         self._services: dict[ServiceKey, bytes] = {}
         self._slices: dict[SliceKey, bytes] = {}
-        self._slices_of: dict[ServiceKey, tuple[SliceKey, ...]] = {}
+        self._slices_of: dict[ServiceKey, SliceKey | tuple[SliceKey, ...]] = {}  # most Services have one slice
         self._service_cidrs: dict[str, ServiceCIDR] = {}
         self._kinds = frozenset(kinds)
         self._unlisted = set(self._kinds)
@@ -158,11 +148,12 @@ class Store:
 
     def slices(self, key: ServiceKey) -> list[EndpointSlice]:
         """Return the EndpointSlices of a Service in both IP families."""
-        return [unpack(EndpointSlice, self._slices[each]) for each in self._slices_of.get(key, ())]
+        return [unpack(EndpointSlice, self._slices[each]) for each in self.slice_keys(key)]
 
     def slice_keys(self, key: ServiceKey) -> tuple[SliceKey, ...]:
         """Return the keys of the EndpointSlices of a Service in both IP families."""
-        return self._slices_of.get(key, ())
+        found = self._slices_of.get(key, ())
+        return (found,) if isinstance(found, str) else found
 
     def slice(self, key: SliceKey) -> EndpointSlice:
         """Return an EndpointSlice that exists."""
@@ -208,16 +199,14 @@ class Store:
     # A list of Services or EndpointSlices can be long, so its objects stay packed, and their changes are added up.
 
     def _replace_services(self, delta: Replace) -> StoreChange:
-        deleted = set(self._services).difference(map(_joined, delta.unreadable))
+        deleted = set(self._services).difference(starmap(object_key, delta.unreadable))
         changed: set[ServiceKey] = set()
         appeared: set[ServiceKey] = set()
-        for each in pack_all(delta.objects):
-            head = unpack(_ServiceHead, each)
-            key = f"{head.namespace}/{head.name}"
+        for key, packed in _packed_by_key(delta.objects).items():
             deleted.discard(key)
             before = self._services.get(key)
-            if before != each:
-                self._services[key] = each
+            if before != packed:
+                self._services[key] = packed
                 changed.add(key)
             if before is None:
                 appeared.add(key)
@@ -226,14 +215,12 @@ class Store:
         return StoreChange(frozenset(changed | deleted), appeared=frozenset(appeared))
 
     def _replace_slices(self, delta: Replace) -> StoreChange:
-        deleted = set(self._slices).difference(map(_joined, delta.unreadable))
+        deleted = set(self._slices).difference(starmap(object_key, delta.unreadable))
         changed: set[ServiceKey] = set()
-        for each in pack_all(delta.objects):
-            head = unpack(_SliceHead, each)
-            key = head.key
+        for key, packed in _packed_by_key(delta.objects).items():
             deleted.discard(key)
-            if self._slices.get(key) != each:
-                changed |= self._put_packed_slice(key, head, each)
+            if self._slices.get(key) != packed:
+                changed |= self._put_packed_slice(key, packed)
         for key in deleted:
             changed |= self._remove_slice(key).services
         return StoreChange(frozenset(changed))
@@ -280,7 +267,7 @@ class Store:
         if self._slices.get(key) == new:
             return StoreChange()
         families = {endpoint_slice.family} | self._family_of_slice(key)
-        services = self._put_packed_slice(key, unpack(_SliceHead, new), new)
+        services = self._put_packed_slice(key, new)
         return StoreChange(
             services,
             families=frozenset(families),
@@ -291,13 +278,15 @@ class Store:
         known = self._slices.get(key)
         return {unpack(_SliceHead, known).family} if known is not None else set()
 
-    def _put_packed_slice(self, key: SliceKey, head: _SliceHead, new: bytes) -> frozenset[ServiceKey]:
+    def _put_packed_slice(self, key: SliceKey, packed: bytes) -> frozenset[ServiceKey]:
         """Store a new or changed EndpointSlice. Return the Services that it belongs to, and belonged to before."""
+        head = unpack(_SliceHead, packed)
         services = self._remove_slice(key).services | {head.service}
-        self._slices[key] = new
+        self._slices[key] = packed
         if head.invalid:
             self._invalid_endpoints[key] = head.invalid
-        self._slices_of[head.service] = (*self._slices_of.get(head.service, ()), key)
+        others = self.slice_keys(head.service)
+        self._slices_of[head.service] = (*others, key) if others else key
         return services
 
     def _remove_slice(self, key: SliceKey) -> StoreChange:
@@ -308,9 +297,11 @@ class Store:
             return StoreChange()
         removed = unpack(_SliceHead, packed)
         owner = removed.service
-        others = tuple(each for each in self._slices_of.pop(owner) if each != key)
+        others = tuple(each for each in self.slice_keys(owner) if each != key)
         if others:
-            self._slices_of[owner] = others
+            self._slices_of[owner] = others if len(others) > 1 else others[0]
+        else:
+            del self._slices_of[owner]
         return StoreChange(frozenset({owner}), families=frozenset({removed.family}))
 
     def _remove_service(self, namespace: str, name: str) -> StoreChange:
@@ -342,8 +333,11 @@ def _families(service: Service) -> frozenset[Family]:
     return frozenset([family_of(address) for address in service.cluster_ips])
 
 
-def _joined(identity: tuple[str, str]) -> str:
-    return "/".join(identity)
+def _packed_by_key(objects: Sequence[Object]) -> Mapping[str, bytes]:
+    """Return Services or EndpointSlices, packed, by `object_key`."""
+    if isinstance(objects, PackedSequence):
+        return objects.by_key
+    return {object_key(*_identity(each)): pack(each) for each in objects}
 
 
 def _cidr_order(cidr: str) -> tuple[bool, IPv4Network | IPv6Network]:

@@ -159,7 +159,7 @@ def _held_frontend(
     own.add(needed)
     endpoints = ((name, _endpoints(new.key, name, snapshot)) for name in _ENDPOINT_MAPS)
     return RenderedFrontend(
-        new.key, tuple(verdicts), tuple(each for each in endpoints if each[1]), new.service_port, new.rank
+        new.key, tuple(verdicts), tuple(each for each in endpoints if each[1]), new.service, new.port_name, new.rank
     )
 
 

@@ -72,7 +72,7 @@ class NftablesLedger:
             assert isinstance(claims, tuple)
             owner = claims[0].service_port
             # Report only conflicts between Services. The API server rejects a Service whose own ports conflict.
-            others = (each.service_port for each in claims[1:] if _service(each.service_port) != _service(owner))
+            others = (each.service_port for each in claims[1:] if each.service != claims[0].service)
             for loser in dict.fromkeys(others):
                 yield FrontendConflict(frontend_text(key), owner, loser)
 
@@ -98,10 +98,6 @@ class NftablesLedger:
                 if isinstance(last, (Jump, Goto)):
                     counts[last.chain] += 1
         return counts
-
-
-def _service(service_port: str) -> ServiceKey:
-    return service_port.partition(":")[0]
 
 
 def claim_order(frontend: RenderedFrontend) -> tuple[int, str]:

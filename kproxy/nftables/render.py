@@ -14,7 +14,8 @@ from kproxy.model.context import Context
 from kproxy.model.endpoints import Sockets
 from kproxy.model.frontend_conflicts import ClaimRank, external_rank
 from kproxy.model.localhost_node_ports import forwards_locally
-from kproxy.model.plan import ServicePortPlan, TrafficDecision
+from kproxy.model.plan import ServicePortPlan, TrafficDecision, service_port_name
+from kproxy.model.types import ServiceKey
 from kproxy.nftables import names
 from kproxy.nftables import shared_chains as shared
 from kproxy.nftables.comments import comment_of
@@ -48,15 +49,21 @@ class RenderedFrontend(Struct, frozen=True, gc=False):
     """The map elements for one frontend of a Service.
 
     `endpoints` contains pairs: the name of an endpoint map, and the concatenated values of this frontend's elements in
-    that map. `service_port` is `namespace/name:port`. If several Services claim the frontend, `rank` decides which of
+    that map. `port_name` is "" for an unnamed port. If several Services claim the frontend, `rank` decides which of
     them owns it (see `kproxy.model.frontend_conflicts`).
     """
 
     key: bytes
     verdicts: Verdicts
     endpoints: tuple[tuple[str, bytes], ...]
-    service_port: str
+    service: ServiceKey
+    port_name: str
     rank: int = ClaimRank.FORWARDS
+
+    @property
+    def service_port(self) -> str:
+        """`namespace/name:port`, or `namespace/name` for an unnamed port."""
+        return service_port_name(self.service, self.port_name)
 
 
 class RenderedService(Struct, frozen=True, gc=False):
@@ -117,10 +124,12 @@ def _internal_frontend(plan: ServicePortPlan, all_endpoints: bytes, local_endpoi
     key = service_key(plan.cluster_ip, plan.protocol, plan.port)
     if plan.internal is not TrafficDecision.FORWARD:
         verdicts = _no_endpoint_verdicts("service", plan.internal)
-        return RenderedFrontend(key, verdicts, (), plan.name, ClaimRank.CLUSTER_IP)
+        return RenderedFrontend(key, verdicts, (), plan.service, plan.port_name, ClaimRank.CLUSTER_IP)
     if plan.affinity_seconds:
         chain = f"{'local' if plan.internal_local else 'service'}-{names.service_port_suffix(plan)}"
-        return RenderedFrontend(key, ((names.SERVICE_IPS, chain),), (), plan.name, ClaimRank.CLUSTER_IP)
+        return RenderedFrontend(
+            key, ((names.SERVICE_IPS, chain),), (), plan.service, plan.port_name, ClaimRank.CLUSTER_IP
+        )
     if plan.internal_local:
         chain = shared.local_chain_name("service", len(plan.local_endpoints))
         endpoints = ((names.SERVICE_LOCAL_ENDPOINTS, local_endpoints),)
@@ -128,7 +137,7 @@ def _internal_frontend(plan: ServicePortPlan, all_endpoints: bytes, local_endpoi
         chain = shared.any_chain_name("service", len(plan.cluster_endpoints))
         endpoints = ((names.SERVICE_ENDPOINTS, all_endpoints),)
     verdicts = _shared_chain_verdicts(names.SERVICE_IPS, chain)
-    return RenderedFrontend(key, verdicts, endpoints, plan.name, ClaimRank.CLUSTER_IP)
+    return RenderedFrontend(key, verdicts, endpoints, plan.service, plan.port_name, ClaimRank.CLUSTER_IP)
 
 
 def _external_frontend(
@@ -145,11 +154,13 @@ def _external_frontend(
     no_endpoint = () if forwards else _no_endpoint_verdicts(kind, plan.external)
     rank = external_rank(plan)
     if not plan.has_endpoints:
-        return RenderedFrontend(key, firewall + no_endpoint, (), plan.name, rank)
+        return RenderedFrontend(key, firewall + no_endpoint, (), plan.service, plan.port_name, rank)
     verdict_map = names.SERVICE_IPS if kind == "service" else names.SERVICE_NODE_PORTS
     if plan.affinity_seconds:
         chain = f"external-{names.service_port_suffix(plan)}"
-        return RenderedFrontend(key, (*firewall, *no_endpoint, (verdict_map, chain)), (), plan.name, rank)
+        return RenderedFrontend(
+            key, (*firewall, *no_endpoint, (verdict_map, chain)), (), plan.service, plan.port_name, rank
+        )
     endpoints = [(shared.endpoint_map(kind, local=False), all_endpoints)]
     cluster_count, local_count = len(plan.cluster_endpoints), len(plan.local_endpoints)
     if plan.external_local:
@@ -159,7 +170,7 @@ def _external_frontend(
     else:
         chain = shared.external_chain_name(kind, cluster_count)
     verdicts = firewall + no_endpoint + _shared_chain_verdicts(verdict_map, chain)
-    return RenderedFrontend(key, verdicts, tuple(endpoints), plan.name, rank)
+    return RenderedFrontend(key, verdicts, tuple(endpoints), plan.service, plan.port_name, rank)
 
 
 def _with_localhost_verdict(frontend: RenderedFrontend, plan: ServicePortPlan, context: Context) -> RenderedFrontend:

@@ -313,7 +313,7 @@ class StorePlans:
             if service is None or cluster_ip_of(service, self._context.family) is None:
                 return ()
             slices = self._store.slices(key)
-        return plan_service(service, slices, self._context)
+        return plan_service(service, slices, self._context, key=key)
 
 
 class EndpointCounts:

@@ -62,9 +62,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How many times each Service was planned."""
     counts: Counter[str] = Counter()
 
-    def counting(service: Service, *more: Any) -> Sequence[ServicePortPlan]:
+    def counting(service: Service, *more: Any, key: str) -> Sequence[ServicePortPlan]:
         counts[service.key] += 1
-        return plan_service(service, *more)
+        return plan_service(service, *more, key=key)
 
     monkeypatch.setattr(family_module, "plan_service", counting)
     return counts

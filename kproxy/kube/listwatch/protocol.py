@@ -16,7 +16,7 @@ from kproxy.kube.codec.json_codec import ListPageError, read_error, read_page
 from kproxy.kube.codec.streams import ACCEPT_JSON, ACCEPT_WATCH
 from kproxy.kube.codec.watch_events import Bookmark, Deleted, ErrorStatus, Event, Unchanged, UndecodableObject
 from kproxy.model.delta import Delete, Delta, Kind, Replace, Upsert
-from kproxy.model.packed_objects import PackedSequence, pack
+from kproxy.model.packed_objects import PackedSequence, object_key, pack
 from kproxy.model.types import EndpointSlice, Service, ServiceCIDR
 
 PAGE_SIZE = 500
@@ -189,7 +189,7 @@ class ListWatch:
         self._resource_version = ""  # the version to watch from, or "" until a list is complete
         self._continue_token = ""
         self._page_size = PAGE_SIZE
-        self._listed: dict[tuple[str, str], bytes | None] = {}  # packed objects; None: exists, but is invalid
+        self._listed: dict[str, bytes | None] = {}  # packed objects by key; None: exists, but is invalid
         self._was_listed = False
         self._missed_change = False  # an object whose name cannot be decoded has changed: relist
         self._incomplete_lists = 0
@@ -347,7 +347,7 @@ class ListWatch:
         if isinstance(event, UndecodableObject):
             return ListWatchStep((self._add_invalid(event),))
         if isinstance(event, Deleted):
-            self._listed.pop((event.namespace, event.name), None)
+            self._listed.pop(object_key(event.namespace, event.name), None)
         elif isinstance(event, DecodedObject):
             self._add_listed(event)
             return ListWatchStep(self._ignored_fields(event)) if event.ignored_fields else NOTHING
@@ -371,13 +371,13 @@ class ListWatch:
 
     def _add_listed(self, item: DecodedObject) -> None:
         if item.object is None:
-            self._listed.pop((item.namespace, item.name), None)
+            self._listed.pop(object_key(item.namespace, item.name), None)
         else:
-            self._listed[item.namespace, item.name] = pack(item.object)
+            self._listed[object_key(item.namespace, item.name)] = pack(item.object)
 
     def _add_invalid(self, item: UndecodableObject) -> InvalidObject:
         if item.name:
-            self._listed[item.namespace, item.name] = None
+            self._listed[object_key(item.namespace, item.name)] = None
         else:
             self._missed_change = True
         return InvalidObject(self._kind, item.namespace, item.name, item.text)
@@ -400,8 +400,8 @@ class ListWatch:
         if self._missed_change and self._incomplete_lists < MAX_INCOMPLETE_LISTS:
             self._incomplete_lists += 1
             return self._retry(f"cannot list {self.resource}: the list contains undecodable objects", messages)
-        objects = PackedSequence(self._kind, [item for item in self._listed.values() if item is not None])
-        unreadable = tuple(key for key, item in self._listed.items() if item is None)
+        objects = PackedSequence(self._kind, {key: item for key, item in self._listed.items() if item is not None})
+        unreadable = tuple(_names(key) for key, item in self._listed.items() if item is None)
         self._discard_list()
         self._resource_version = resource_version  # _missed_change stays set: relist after this watch
         self._failures = self._incomplete_lists = 0
@@ -508,6 +508,12 @@ class ListWatch:
         The delay is 0.8 s (as in client-go), doubled for each failure, at most `max_backoff`, with a jitter of ±25%.
         """
         return min(max_backoff, 0.8 * 2.0 ** min(failures, 10)) * (0.75 + 0.5 * self._random())
+
+
+def _names(key: str) -> tuple[str, str]:
+    """Return the namespace and name in an object's key."""
+    namespace, _, name = key.partition("/")
+    return namespace, name
 
 
 def _retry_after(error: ErrorStatus) -> float:
