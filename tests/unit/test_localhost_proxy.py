@@ -283,13 +283,14 @@ def test_data_before_a_reset_arrives(ends: Ends, *, by_client: bool) -> None:
         wait_until_reset(other)
 
 
-def test_complete_answer_survives_a_reset(ends: Ends, proxy: LocalhostProxy) -> None:
+def test_complete_answer_survives_a_reset(ends: Ends, proxy: LocalhostProxy, port: int) -> None:
     """The endpoint has ended its stream, and refuses further data, before the client has received all of it."""
     client, server = ends()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     server.sendall(bytes(ANSWER_SIZE))
     server.close()
-    wait_until(lambda: client.recv(1, socket.MSG_PEEK), "the answer begins to arrive")
+    (connection,) = proxy._listeners[V4, port].connections
+    wait_until(lambda: connection.to_client and connection.to_client.complete, "kproxy has passed on the answer")
     client.sendall(b"more")
     wait_until(lambda: not proxy._connections, "kproxy notices the reset")
     received = 0
