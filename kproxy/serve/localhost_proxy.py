@@ -23,7 +23,6 @@ from contextlib import suppress
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
-from selectors import EVENT_READ, DefaultSelector, SelectorKey
 from typing import TypeAlias
 
 from kproxy.model.addresses import socket_text, split_socket_text
@@ -31,14 +30,14 @@ from kproxy.model.localhost_node_ports import DRAIN_SECONDS, LISTEN_ADDRESSES, E
 from kproxy.model.log_throttle import LogThrottle
 from kproxy.model.restarts import Restarts
 from kproxy.model.types import Family
-from kproxy.serve.proxied_connection import BUFFER_SIZE, ProxiedConnection, Stream, open_connection
+from kproxy.serve.proxied_connection import BUFFER_SIZE, ProxiedConnection, is_connected_to_itself, open_connection
+from kproxy.serve.socket_poller import FAILED, READ, SocketPoller
 
 MAX_CONNECTIONS = 8192
 """Maximum number of proxied connections. Further clients wait in the backlog of their listener until others finish.
 
 A connection takes two file descriptors. The maximum is lower if it would leave fewer than `RESERVED_DESCRIPTORS` for
-the rest of the daemon. An idle connection takes about 4 KiB of the daemon's memory, one whose receivers do not read at
-most 128 KiB more.
+the rest of the daemon. A connection takes about 4 KiB of the daemon's memory, even if its receivers do not read.
 """
 RESERVED_DESCRIPTORS = 256
 BACKLOG = 4096
@@ -64,6 +63,8 @@ _DROP_SYN = struct.pack(
     *(0x06, 0, 0, 0),  # drop the packet
     *(0x06, 0, 0, 0xFFFFFFFF),  # keep all of it
 )
+PROCESS_NAME = b"\0kproxy-localhost-proxy"
+"""The abstract address (unix(7)) of the process that serves NodePorts on the loopback addresses of this node."""
 Action: TypeAlias = Callable[[], None]
 log = logging.getLogger(__name__)
 
@@ -86,15 +87,19 @@ class Listener:
         return socket_text(LISTEN_ADDRESSES[self.family], self.port)
 
 
+_Socket: TypeAlias = tuple[Listener, ProxiedConnection, socket.socket]
+"""One of the two sockets of a connection."""
+
+
 class LocalhostProxy:
     """The listeners, their connections, and the thread that serves them. `clock` returns seconds, monotonic."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._selector = DefaultSelector()
+        self._poller: SocketPoller[Action | _Socket] = SocketPoller()
         self._calls: queue.SimpleQueue[Action] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._selector.register(self._wake, EVENT_READ, self._run_calls)
+        self._poller.register(self._wake, READ, self._run_calls)
         self._timers: list[tuple[float, int, Action]] = []
         self._order = count()
         self._lock = threading.Lock()
@@ -106,6 +111,7 @@ class LocalhostProxy:
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self._limit = MAX_CONNECTIONS
         self._accepting = True
+        self._name: socket.socket | None = None
         self._pause = FIRST_PAUSE
         self._overload = LogThrottle()
         self._stopping = self._stopped = False
@@ -115,21 +121,22 @@ class LocalhostProxy:
 
     def start(self) -> None:
         """Start the thread."""
-        self._limit = connection_limit()
+        self._limit = connection_limit(0)
+        self._is_only_process()
         self._thread.start()
 
     def set_listener(self, family: Family, wanted: LocalhostListener) -> None:
         """Open a listener, or change the endpoints and the affinity of an open one.
 
         When the method returns, clients can connect, unless the port cannot be opened: then the proxy logs the reason
-        and keeps trying. A change does not affect existing connections.
+        and keeps trying. A change does not affect connections that an endpoint has accepted.
         """
         with self._lock:
             if self._stopping:
                 return
             listener = self._listeners.get((family, wanted.port))
             if listener is not None:
-                self._call(partial(listener.choice.update, wanted))
+                self._call(partial(self._update, listener, wanted))
                 return
             listener = self._listeners[family, wanted.port] = Listener(family, wanted)
             self._open(listener)
@@ -191,24 +198,23 @@ class LocalhostProxy:
 
     def _serve(self) -> None:
         timeout = max(0.0, self._timers[0][0] - self._clock()) if self._timers else None
-        for key, events in self._selector.select(timeout):
-            self._dispatch(key, events)
+        for item, events in self._poller.wait(timeout):
+            self._dispatch(item, events)
         now = self._clock()
         while self._timers and self._timers[0][0] <= now:
             self._guard(heappop(self._timers)[2])
 
-    def _dispatch(self, key: SelectorKey, events: int) -> None:
-        if not isinstance(key.data, tuple):
-            self._guard(key.data)
+    def _dispatch(self, item: Action | _Socket, events: int) -> None:
+        if not isinstance(item, tuple):
+            self._guard(item)
             return
-        listener, connection = key.data
+        listener, connection, of = item
         try:
-            self._proceed(listener, connection, key.fileobj, events)
+            self._proceed(listener, connection, of, events)
         except Exception as error:  # one connection must not affect the others
             log.error("NodePort %s: unexpected %r", listener, error)
             log.debug("NodePort %s: unexpected error", listener, exc_info=error)
-            if connection in listener.connections:
-                self._close(listener, connection, reset=True)
+            self._close(listener, connection)
 
     def _run_calls(self) -> None:
         os.eventfd_read(self._wake)
@@ -229,22 +235,44 @@ class LocalhostProxy:
 
     def _open(self, listener: Listener) -> None:
         try:
-            listener.socket = listen(listener.family, listener.port)
+            try:
+                listener.socket = listen(listener.family, listener.port)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or self._is_only_process():
+                    raise
+                listener.socket = listen(listener.family, listener.port, share=True)
         except OSError as error:
             self._failures[listener.family] += 1
             if listener.reminder.is_due(self._clock()):
                 log.error("NodePort: cannot listen on %s: %s, retrying", listener, error.strerror or error)
 
+    def _is_only_process(self) -> bool:
+        """Return False if another kproxy process serves NodePorts in this network namespace.
+
+        Otherwise, a socket with SO_REUSEPORT belongs to another program. Sharing the port with it would give each of
+        them a part of the connections.
+        """
+        if self._name is None:
+            name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                name.bind(PROCESS_NAME)
+            except OSError:
+                name.close()
+                return False
+            self._name = name
+        return True
+
     def _watch(self, listener: Listener) -> None:
         """Accept connections on a listener. If it is not open, try again later."""
         if listener.removed or self._stopping:
             return
+        self._limit = connection_limit(len(self._listeners))
         if listener.socket is None:
             self._call_later(listener.retry, partial(self._retry, listener))
             listener.retry = min(2 * listener.retry, LONGEST_RETRY)
         elif self._accepting and not listener.watched:
             listener.watched = True
-            self._selector.register(listener.socket, EVENT_READ, partial(self._accept, listener))
+            self._poller.register(listener.socket, READ, partial(self._accept, listener))
 
     def _retry(self, listener: Listener) -> None:
         if not listener.removed and not self._stopping:
@@ -253,9 +281,17 @@ class LocalhostProxy:
                 log.info("NodePort: listening on %s", listener)
             self._watch(listener)
 
+    def _update(self, listener: Listener, wanted: LocalhostListener) -> None:
+        """Use other endpoints. Do not wait for an answer of one that has left."""
+        listener.choice.update(wanted)
+        for connection, (_, of) in list(self._dialing.items()):
+            if of is listener and connection.tried[-1] not in wanted.endpoints:
+                self._redial(listener, connection, "no longer an endpoint")
+
     def _remove(self, listener: Listener) -> None:
         listener.removed = True
         self._close_listener(listener)
+        self._limit = connection_limit(len(self._listeners))
         for connection in list(listener.connections):
             self._close(listener, connection)
 
@@ -268,7 +304,7 @@ class LocalhostProxy:
     def _unwatch(self, listener: Listener) -> None:
         if listener.watched and listener.socket is not None:
             listener.watched = False
-            self._selector.unregister(listener.socket)
+            self._poller.unregister(listener.socket)
 
     def _stop_accepting(self) -> None:
         if self._accepting:
@@ -282,7 +318,7 @@ class LocalhostProxy:
             for listener in self._all_listeners():
                 if listener.socket is not None and not listener.watched:
                     listener.watched = True
-                    self._selector.register(listener.socket, EVENT_READ, partial(self._accept, listener))
+                    self._poller.register(listener.socket, READ, partial(self._accept, listener))
 
     def _all_listeners(self) -> list[Listener]:
         with self._lock:
@@ -327,10 +363,18 @@ class LocalhostProxy:
 
     def _dial(self, listener: Listener, connection: ProxiedConnection) -> None:
         """Connect to the next endpoint. If none is left, close the connection to the client."""
+        try:
+            self._dial_next(listener, connection)
+        except Exception as error:  # as in `_dispatch`
+            log.error("NodePort %s: cannot connect to an endpoint: unexpected %r", listener, error)
+            log.debug("NodePort %s: unexpected error", listener, exc_info=error)
+            self._close(listener, connection)
+
+    def _dial_next(self, listener: Listener, connection: ProxiedConnection) -> None:
         while connection in listener.connections:
             endpoint = listener.choice.choose(connection.tried, self._clock())
             if not endpoint:
-                self._close(listener, connection, reset=True)
+                self._close(listener, connection)
                 return
             try:
                 connection.server = open_connection(*split_socket_text(endpoint))
@@ -364,70 +408,71 @@ class LocalhostProxy:
         assert connection.server is not None
         self._dialing.pop(connection, None)
         self._report_dial(listener, connection.tried[-1], reason)
-        self._watch_socket(connection.server, connection.server_events, 0, (listener, connection))
+        self._poller.unregister(connection.server)
         connection.server.close()
-        connection.server, connection.server_events = None, 0
+        connection.server = connection.server_events = None
         self._dial(listener, connection)
 
     def _report_dial(self, listener: Listener, endpoint: str, reason: str) -> None:
         log.debug("NodePort %s: cannot connect to endpoint %s: %s", listener, endpoint, reason)
 
-    def _proceed(self, listener: Listener, connection: ProxiedConnection, of: object, events: int) -> None:
+    def _proceed(self, listener: Listener, connection: ProxiedConnection, of: socket.socket, events: int) -> None:
         """Handle events on one of the two sockets of a connection."""
-        if connection not in listener.connections or connection.server is None:
+        if connection not in listener.connections or of not in {connection.client, connection.server}:
             return  # an earlier event of this round closed it
-        if connection.to_server is None or connection.to_client is None:
-            if of is not connection.server:
+        if connection.to_server is None or connection.server is None:
+            if of is connection.client:
+                if events & FAILED:
+                    self._close(listener, connection)
                 return
-            if failure := connection.server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            assert connection.server is not None
+            failure = connection.server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if not failure and is_connected_to_itself(connection.server):
+                failure = errno.ECONNREFUSED
+            if failure:
                 self._redial(listener, connection, os.strerror(failure))
                 return
             self._dialing.pop(connection, None)
             connection.connected()
         else:
-            streams: tuple[Stream, Stream] = (connection.to_server, connection.to_client)
-            first, second = streams if of is connection.client else streams[::-1]
-            try:
-                connection.proceed(first, second, events, self._buffer)
-            except OSError:  # a peer is gone: the other one must notice it
-                self._close(listener, connection, reset=True)
-                return
+            connection.proceed(on_client=of is connection.client, events=events, buffer=self._buffer)
         if connection.is_done:
             self._close(listener, connection)
         else:
             self._register(listener, connection)
 
     def _register(self, listener: Listener, connection: ProxiedConnection) -> None:
-        """Wait for the events that the connection needs next."""
+        """Wait for the events that the connection needs next, and for failures."""
         client, server = connection.interests()
-        data = (listener, connection)
         if client != connection.client_events:
-            self._watch_socket(connection.client, connection.client_events, client, data)
+            self._watch_socket(connection.client, connection.client_events, client, listener, connection)
             connection.client_events = client
         if server != connection.server_events and connection.server is not None:
-            self._watch_socket(connection.server, connection.server_events, server, data)
+            self._watch_socket(connection.server, connection.server_events, server, listener, connection)
             connection.server_events = server
 
     def _watch_socket(
-        self, one: socket.socket, before: int, after: int, data: tuple[Listener, ProxiedConnection]
+        self,
+        one: socket.socket,
+        before: int | None,
+        after: int,
+        listener: Listener,
+        connection: ProxiedConnection,
     ) -> None:
-        # epoll reports errors even if no event is requested. A socket without requested events is not registered.
-        if not before:
-            self._selector.register(one, after, data)
-        elif not after:
-            self._selector.unregister(one)
-        else:
-            self._selector.modify(one, after, data)
+        watch = self._poller.register if before is None else self._poller.modify
+        watch(one, after, (listener, connection, one))
 
-    def _close(self, listener: Listener, connection: ProxiedConnection, *, reset: bool = False) -> None:
+    def _close(self, listener: Listener, connection: ProxiedConnection) -> None:
+        if connection not in listener.connections:
+            return
         listener.connections.discard(connection)
         self._dialing.pop(connection, None)
         self._connections -= 1
-        if connection.client_events:
-            self._selector.unregister(connection.client)
-        if connection.server is not None and connection.server_events:
-            self._selector.unregister(connection.server)
-        connection.close(reset=reset)
+        if connection.client_events is not None:
+            self._poller.unregister(connection.client)
+        if connection.server is not None and connection.server_events is not None:
+            self._poller.unregister(connection.server)
+        connection.close()
         if not self._accepting and self._connections <= self._limit * 9 // 10:
             self._resume_accepting()
 
@@ -462,22 +507,25 @@ class LocalhostProxy:
         with self._lock:
             self._listeners.clear()
             self._stopped = True
-            self._selector.close()
+            if self._name is not None:
+                self._name.close()
+            self._poller.close()
             os.close(self._wake)
 
 
-def listen(family: Family, port: int) -> socket.socket:
+def listen(family: Family, port: int, *, share: bool = False) -> socket.socket:
     """Listen on the loopback address of an IP family. Raises `OSError`.
 
-    During an update, two processes may run for a moment. SO_REUSEPORT lets both of them listen.
+    During an update, two processes may run for a moment. With `share`, the port may already belong to the other one.
     """
     listener = socket.socket(
         socket.AF_INET6 if family is Family.IPV6 else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK
     )
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, share)
         listener.bind((LISTEN_ADDRESSES[family], port))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # for the next process
         listener.listen(BACKLOG)
     except OSError:
         listener.close()
@@ -493,9 +541,13 @@ def drop_new_clients(listener: socket.socket) -> None:
         listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(_DROP_SYN) // 8, address))
 
 
-def connection_limit() -> int:
-    """Raise the limit of open files if necessary and possible. Return the maximum number of connections."""
-    needed = 2 * MAX_CONNECTIONS + RESERVED_DESCRIPTORS
+def connection_limit(listeners: int) -> int:
+    """Return the maximum number of connections besides a number of listeners.
+
+    Raise the limit of open files if necessary and possible.
+    """
+    reserved = RESERVED_DESCRIPTORS + listeners
+    needed = 2 * MAX_CONNECTIONS + reserved
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
@@ -504,4 +556,4 @@ def connection_limit() -> int:
             soft = raised
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
-    return max(1, min(MAX_CONNECTIONS, (soft - RESERVED_DESCRIPTORS) // 2))
+    return max(1, min(MAX_CONNECTIONS, (soft - reserved) // 2))

@@ -313,6 +313,55 @@ def test_port_of_another_program(lab: Lab, pods: list[Host], daemons: Daemons) -
         }
 
 
+def test_port_is_not_shared_with_another_program(lab: Lab, pods: list[Host], daemons: Daemons) -> None:
+    """With SO_REUSEPORT, the kernel would distribute the connections between the program and kproxy."""
+    with lab.node.namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as program:
+        program.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        program.bind(("127.0.0.1", NODE_PORT))
+        program.listen()
+        daemons.write(web(pods))
+        with daemons.run(RANGES) as daemon:
+            daemon.wait_until_synced()
+            found = metrics(lab.node.namespace)
+            assert found[metric("listeners", 4)] == 0
+            assert found[metric("listener_creation_failures_total", 4)] >= 1
+
+
+def test_port_is_shared_with_the_previous_process(lab: Lab, pods: list[Host], daemons: Daemons) -> None:
+    daemons.write(web(pods))
+    with daemons.run(RANGES) as old:
+        old.wait_until_synced()
+        with daemons.run(
+            RANGES, "--metrics-bind-address=127.0.0.1:11249", "--healthz-bind-address=127.0.0.1:11256"
+        ) as new:
+            new.wait_until_synced()
+            assert "cannot listen on 127.0.0.1" not in daemons.log.read_text()
+            assert old.terminate() == 0
+            for address in LOOPBACK.values():
+                assert isinstance(send_request(lab.node, address, NODE_PORT), Answered)
+
+
+def test_endpoint_on_the_node_that_refuses_connections(lab: Lab, daemons: Daemons) -> None:
+    """The kernel has only one port to choose, that of the endpoint: it would connect kproxy to itself."""
+    found = web([lab.node])
+    for each in found[2:]:
+        each["ports"] = [{"name": "main", "protocol": "TCP", "port": 40_000}]
+    daemons.write(found)
+    with daemons.run(RANGES) as daemon:
+        daemon.wait_until_synced()
+        with lab.node.namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as client:
+            client.bind(("127.0.0.1", 50_000))
+            client.settimeout(HANG_GUARD)
+            lab.node.namespace.call(lambda: Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("40000 40000"))
+            with pytest.raises(ConnectionResetError):  # the reset may arrive at once
+                connect_and_receive(client)
+
+
+def connect_and_receive(client: socket.socket) -> None:
+    client.connect(("127.0.0.1", NODE_PORT))
+    client.recv(1)
+
+
 def test_changed_rules_are_restored(lab: Lab, pods: list[Host], daemons: Daemons) -> None:
     node = lab.node.namespace
     daemons.write(web(pods))

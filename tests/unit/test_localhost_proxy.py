@@ -8,21 +8,28 @@ import os
 import resource
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TypeAlias
 
 import pytest
 
 from kproxy.model.localhost_node_ports import LocalhostListener
 from kproxy.model.types import Family
 from kproxy.serve import localhost_proxy
-from kproxy.serve.localhost_proxy import LocalhostProxy, drop_new_clients
+from kproxy.serve.localhost_proxy import RESERVED_DESCRIPTORS, LocalhostProxy, drop_new_clients
+from kproxy.serve.socket_poller import SocketPoller
 from tests.lab.waiting import HANG_GUARD, wait_until
 from tests.ports import free_port
 
 V4 = Family.IPV4
+ANSWER_SIZE = 200_000
+"""Number of bytes that fit into the buffers between an endpoint and a client, but not into those of the client."""
 PROBLEM = "NodePorts on loopback addresses: {}: new connections wait"
 
 
@@ -134,7 +141,8 @@ def test_endpoints_change_while_connections_continue(
         assert client.recv(11, socket.MSG_WAITALL) == b"still there"
         assert proxy.listening(V4) == 1
         proxy.remove_listener(V4, port)
-        assert client.recv(1) == b""
+        with pytest.raises(ConnectionResetError):  # an end would look as if the endpoint had sent everything
+            client.recv(1)
     assert proxy.listening(V4) == 0
     with pytest.raises(ConnectionRefusedError):
         connect(port)
@@ -208,6 +216,161 @@ def test_reset_is_passed_on(proxy: LocalhostProxy, port: int) -> None:
         client.close()
         with server, pytest.raises(ConnectionResetError):
             server.recv(1)
+
+
+@pytest.fixture
+def ends(proxy: LocalhostProxy, port: int) -> Iterator[Callable[[], tuple[socket.socket, socket.socket]]]:
+    """A function that returns a new connection: the client's socket and the endpoint's."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        proxy.set_listener(V4, LocalhostListener(port, (f"127.0.0.1:{listener.getsockname()[1]}",)))
+
+        def make() -> tuple[socket.socket, socket.socket]:
+            client = stack.enter_context(connect(port))
+            server = stack.enter_context(listener.accept()[0])
+            server.settimeout(HANG_GUARD)
+            return client, server
+
+        yield make
+
+
+def reset(one: socket.socket) -> None:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    one.close()
+
+
+def wait_until_reset(one: socket.socket) -> None:
+    wait_until(lambda: one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0, "the connection is reset")
+
+
+def fill(one: socket.socket) -> None:
+    """Send until nothing more has been accepted for a while."""
+    one.settimeout(0.2)
+    with suppress(TimeoutError):
+        while True:
+            one.sendall(bytes(1 << 18))
+
+
+Ends: TypeAlias = Callable[[], tuple[socket.socket, socket.socket]]
+BOTH_ENDS = pytest.mark.parametrize("by_client", [True, False], ids=["client", "endpoint"])
+
+
+@BOTH_ENDS
+def test_reset_after_the_end_of_a_stream_is_passed_on(ends: Ends, *, by_client: bool) -> None:
+    one, other = ends() if by_client else ends()[::-1]
+    one.shutdown(socket.SHUT_WR)
+    assert other.recv(1) == b""
+    reset(one)
+    wait_until_reset(other)
+
+
+def test_endpoint_that_does_not_read_sees_the_reset_of_a_client(ends: Ends) -> None:
+    client, server = ends()
+    fill(client)
+    reset(client)
+    wait_until_reset(server)
+
+
+@BOTH_ENDS
+def test_data_before_a_reset_arrives(ends: Ends, *, by_client: bool) -> None:
+    """As from a server that answers before it has received everything, and then closes the connection."""
+    for _ in range(10):
+        one, other = ends() if by_client else ends()[::-1]
+        fill(other)
+        one.sendall(b"too large")
+        one.close()
+        assert other.recv(9, socket.MSG_WAITALL) == b"too large"
+        wait_until_reset(other)
+
+
+def test_complete_answer_survives_a_reset(ends: Ends, proxy: LocalhostProxy, port: int) -> None:
+    """The endpoint has ended its stream, and refuses further data, before the client has received all of it."""
+    client, server = ends()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    server.sendall(bytes(ANSWER_SIZE))
+    server.close()
+    (connection,) = proxy._listeners[V4, port].connections
+    wait_until(lambda: connection.to_client and connection.to_client.complete, "kproxy has passed on the answer")
+    client.sendall(b"more")
+    wait_until(lambda: not proxy._connections, "kproxy notices the reset")
+    received = 0
+    with suppress(ConnectionResetError):
+        while data := client.recv(1 << 16):
+            received += len(data)
+    assert received == ANSWER_SIZE
+
+
+def test_slow_receivers_take_no_memory(ends: Ends) -> None:
+    def stall(count: int) -> list[tuple[socket.socket, socket.socket]]:
+        found = [ends() for _ in range(count)]
+        for _, server in found:
+            server.settimeout(0)
+            with suppress(BlockingIOError):
+                while True:
+                    server.send(bytes(1 << 20))
+        return found
+
+    stalled = stall(2)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        stalled += stall(20)
+        for _, server in stalled:
+            fill(server)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 20 * (16 << 10)
+
+
+def test_endpoint_that_leaves_is_not_waited_for(
+    proxy: LocalhostProxy, port: int, endpoint: Callable[[str], Endpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(localhost_proxy, "DIAL_SECONDS", 10 * HANG_GUARD)
+    with silent_endpoint() as silent:
+        proxy.set_listener(V4, LocalhostListener(port, (silent,)))
+        with connect(port) as waiting:
+            wait_until(lambda: proxy._dialing, "kproxy connects to the endpoint")
+            proxy.set_listener(V4, LocalhostListener(port, (endpoint("b").text,)))
+            assert waiting.recv(1, socket.MSG_WAITALL) == b"b"
+
+
+def test_client_that_gives_up_is_forgotten(proxy: LocalhostProxy, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localhost_proxy, "DIAL_SECONDS", 10 * HANG_GUARD)
+    with silent_endpoint() as silent:
+        proxy.set_listener(V4, LocalhostListener(port, (silent,)))
+        client = connect(port)
+        wait_until(lambda: proxy._dialing, "kproxy connects to the endpoint")
+        reset(client)
+        wait_until(lambda: not proxy._connections, "kproxy closes the connection")
+
+
+def test_connection_that_cannot_be_watched_is_closed(
+    proxy: LocalhostProxy, port: int, endpoint: Callable[[str], Endpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beyond `fs.epoll.max_user_watches`, which is a setting of the whole machine."""
+    proxy.set_listener(V4, LocalhostListener(port, (endpoint("a").text,)))
+    assert name_of_answer(port) == "a"
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SocketPoller, "register", fail)
+        for _ in range(3):
+            with pytest.raises(ConnectionResetError), connect(port) as client:
+                client.recv(1)
+    assert name_of_answer(port) == "a"
+    wait_until(lambda: not proxy._connections, "no connection is left")
+
+
+def test_listeners_count_as_descriptors() -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3000, 3000));"
+        "from kproxy.serve.localhost_proxy import *; print(connection_limit(0), connection_limit(1000))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str((3000 - RESERVED_DESCRIPTORS - each) // 2) for each in (0, 1000)]
 
 
 def test_port_that_is_in_use_is_opened_later(
@@ -322,7 +485,8 @@ def test_idle_connections_end_with_the_drain(
     with connect(port) as client:
         assert client.recv(1, socket.MSG_WAITALL) == b"a"
         proxy.stop(HANG_GUARD)
-        assert client.recv(1) == b""
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
 
 
 def test_listener_that_drops_new_clients_completes_handshakes() -> None:
