@@ -46,6 +46,8 @@ _KIND = struct.Struct("=4xH")
 _PORT = struct.Struct("=12xI")
 _ANONYMOUS_SETS = ("__set", "__map")
 """The start of the names of anonymous sets, which are parts of rules."""
+MAX_TOUCHED_CHAINS = 1_000
+"""If more chains of a table are touched, the whole table counts as touched. Checking all of it takes no longer."""
 
 
 class CommitDecoder:
@@ -75,6 +77,9 @@ class CommitDecoder:
         # The tables that a commit has changed whose end has not been received yet.
         self._open: set[tuple[Family, str]] = set()
         self._last_end = b""
+        # The tables of which everything is touched: the family in messages about them, their first attribute, the table.
+        # Further messages about them are not decoded. One commit can have a hundred thousand.
+        self._settled: list[tuple[int, bytes, tuple[Family, str]]] = []
 
     def feed(self, datagram: bytes) -> None:
         """Decode one datagram. Datagrams about other tables or about own commits are skipped at little cost."""
@@ -107,7 +112,7 @@ class CommitDecoder:
         """Return what the complete commits since the previous call changed, or None if there is nothing to report."""
         if self._open or not self._touched:
             return None
-        tables, self._touched = self._touched, {}
+        tables, self._touched, self._settled = self._touched, {}, []
         return RulesChanged(tables)
 
     @property
@@ -119,7 +124,7 @@ class CommitDecoder:
 
     def discard(self) -> bool:
         """Discard incomplete and unreported commits, because notifications were lost. Return whether there were any."""
-        touched, self._touched, self._open = self._touched, {}, set()
+        touched, self._touched, self._open, self._settled = self._touched, {}, set(), []
         self._skipped = False
         return bool(touched)
 
@@ -135,6 +140,11 @@ class CommitDecoder:
             begin += align(size)
 
     def _decode_message(self, message: int, flags: int, data: bytes, payload: int, end: int) -> None:
+        for family, name, settled in self._settled:
+            # The table is the first attribute of each message.
+            if data[payload] == family and data.startswith(name, payload + NFGENMSG_SIZE):
+                self._open.add(settled)
+                return
         spans = attributes(data, payload + NFGENMSG_SIZE, end)
         table = self._tables.get((data[payload], _string(data, spans.get(nf.NFTA_TABLE_NAME))))
         if table is None:
@@ -149,6 +159,8 @@ class CommitDecoder:
                 # The chain may have been renamed. The notification has only its new name, and the rules that jump to
                 # the chain have changed, too. Linux before 5.15 leaves out the flags for new chains as well.
                 touched.everything = True
+            if len(touched.chains) > MAX_TOUCHED_CHAINS:
+                touched.everything = True
         elif message in _SET_CHANGES:
             _touch_set(touched, _string(data, spans.get(nf.NFTA_SET_NAME)))
         elif message in _ELEMENT_CHANGES:
@@ -158,6 +170,9 @@ class CommitDecoder:
             begin, end = spans.get(nf.NFTA_SET_ELEM_LIST_ELEMENTS, (0, 0))
             for _, element_begin, element_end in iterate_attributes(data, begin, end):
                 _touch_element(touched, set_name, data, element_begin, element_end)
+        if touched.everything:
+            name = attribute(nf.NFTA_TABLE_NAME, table[1].encode() + b"\0")[: 5 + len(table[1])]
+            self._settled.append((data[payload], name, table))
 
     def _touch(self, table: tuple[Family, str]) -> Touched:
         self._open.add(table)
