@@ -301,7 +301,7 @@ def test_foreign_transaction_during_a_rejected_own_one_is_noticed(node: Namespac
 
 
 @pytest.mark.usefixtures("programs_of_nft")
-def test_fingerprint_changes_with_every_write(node: Namespace) -> None:
+def test_fingerprint_identifies_the_rules_of_a_chain(node: Namespace) -> None:
     runner = IptablesRunner(Family.IPV4)
     chain = ChainName("nat", "KUBE-A")
     text = "*nat\n:KUBE-A - [0:0]\n-A KUBE-A -j RETURN\nCOMMIT\n"
@@ -313,13 +313,14 @@ def test_fingerprint_changes_with_every_write(node: Namespace) -> None:
         (["iptables-restore"], text),
         (["iptables", "-t", "nat", "-F", "KUBE-A"], ""),
     )
-    seen = []
+    seen: dict[str, int] = {}
     for command, stdin in commands:
         node.run(command, stdin)
-        once, again = (node.call(lambda: runner.fingerprints([[chain]])) for _ in range(2))
-        assert once == again
-        seen.append(once)
-    assert len({str(each) for each in seen}) == len(seen)
+        found, empty = node.call(lambda: runner.fingerprints([[chain], [ChainName("nat", "ABSENT")]])) or ()
+        rules = node.run(["iptables", "-t", "nat", "-S", "KUBE-A"]).stdout
+        assert seen.setdefault(rules, found) == found  # also if the same rules were written again
+        assert (found == empty) is ("-A " not in rules)
+    assert len(set(seen.values())) == len(seen) == 4
 
 
 @pytest.mark.usefixtures("programs_of_nft")
