@@ -316,7 +316,7 @@ def test_fingerprint_identifies_the_rules_of_a_chain(node: Namespace) -> None:
     seen: dict[str, int] = {}
     for command, stdin in commands:
         node.run(command, stdin)
-        found, empty = node.call(lambda: runner.fingerprints([[chain], [ChainName("nat", "ABSENT")]])) or ()
+        found, empty = node.call(lambda: runner.fingerprints([[chain], [ChainName("nat", "ABSENT")]])) or (0, 0)
         rules = node.run(["iptables", "-t", "nat", "-S", "KUBE-A"]).stdout
         assert seen.setdefault(rules, found) == found  # also if the same rules were written again
         assert (found == empty) is ("-A " not in rules)
