@@ -7,8 +7,17 @@ import re
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 
-from kproxy.host.netlink import NETLINK_NETFILTER, BatchRejectedError, BatchSocket, NetlinkError, NetlinkSocket
+from kproxy.host.netlink import (
+    MAX_ATTEMPTS,
+    NETLINK_NETFILTER,
+    BatchRejectedError,
+    BatchSocket,
+    DumpInterruptedError,
+    NetlinkError,
+    NetlinkSocket,
+)
 from kproxy.host.netlink_message import (
     NFGENMSG_SIZE,
     NLM_F_CREATE,
@@ -103,12 +112,15 @@ def fingerprints(family: Family, groups: Iterable[Sequence[tuple[str, str]]]) ->
 
     One chain is dumped at a time: the time of a dump of a whole table grows with the square of its size.
 
-    Raises `OSError`. If rules of a chain changed during its dump, the error is a `DumpInterruptedError`.
+    The dump of a chain is repeated if rules change meanwhile, but not that of all others: with 30,000 chains, it would
+    never end while another family is being restored.
+
+    Raises `OSError`. If the last attempt was interrupted, too, the error is a `DumpInterruptedError`.
     """
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
         found = []
         for group in groups:
-            chains = [tuple(_rule_digests(netlink, family, table, chain)) for table, chain in group]
+            chains = [_chain_digests(netlink, family, table, chain) for table, chain in group]
             found.append(hash(tuple(chains)) if any(chains) else 0)
         return found
 
@@ -139,6 +151,13 @@ def _table_attribute(netlink: NetlinkSocket, family: Family, table: str, wanted:
         if error.errno != errno.ENOENT:
             raise
     return found
+
+
+def _chain_digests(netlink: NetlinkSocket, family: Family, table: str, chain: str) -> tuple[int, ...]:
+    for _ in range(MAX_ATTEMPTS - 1):
+        with suppress(DumpInterruptedError):  # the kernel has sent the dump to its end
+            return tuple(_rule_digests(netlink, family, table, chain))
+    return tuple(_rule_digests(netlink, family, table, chain))
 
 
 def _rule_digests(netlink: NetlinkSocket, family: Family, table: str, chain: str) -> Iterator[int]:

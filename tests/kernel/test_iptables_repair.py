@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from kproxy.host import nf_tables
+from kproxy.host.netlink import DumpInterruptedError, NetlinkSocket
 from kproxy.host.nf_tables import current_generation
 from kproxy.iptables.foreign_changes import GenerationCounter
 from kproxy.iptables.names import ChainName
@@ -321,6 +323,29 @@ def test_fingerprint_identifies_the_rules_of_a_chain(node: Namespace) -> None:
         assert seen.setdefault(rules, found) == found  # also if the same rules were written again
         assert (found == empty) is ("-A " not in rules)
     assert len(set(seen.values())) == len(seen) == 4
+
+
+@pytest.mark.usefixtures("programs_of_nft")
+def test_interrupted_dump_of_a_chain_is_the_only_one_to_be_repeated(
+    node: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f":KUBE-{name} - [0:0]\n-A KUBE-{name} -j RETURN\n" for name in "ABC")
+    node.run(["iptables-restore", "--noflush"], f"*nat\n{text}COMMIT\n")
+    groups = [[ChainName("nat", f"KUBE-{name}")] for name in "ABC"]
+    runner = IptablesRunner(Family.IPV4)
+    expected = node.call(lambda: runner.fingerprints(groups))
+    dumped: list[str] = []
+    rule_digests = nf_tables._rule_digests
+
+    def interrupted(netlink: NetlinkSocket, family: Family, table: str, chain: str) -> Iterator[int]:
+        dumped.append(chain)
+        yield from rule_digests(netlink, family, table, chain)
+        if dumped.count(chain) == 1 and chain == "KUBE-B":
+            raise DumpInterruptedError(0, "interrupted")
+
+    monkeypatch.setattr(nf_tables, "_rule_digests", interrupted)
+    assert node.call(lambda: runner.fingerprints(groups)) == expected
+    assert dumped == ["KUBE-A", "KUBE-B", "KUBE-B", "KUBE-C"]
 
 
 @pytest.mark.usefixtures("programs_of_nft")
