@@ -389,6 +389,13 @@ def test_jumps_are_inserted_in_order_between_foreign_rules() -> None:
 # Comparison
 
 
+def test_fingerprints_of_all_chains_are_learned_soon_after_the_first_sync() -> None:
+    proxy = DamagedProxy(a_service())
+    assert {name for name in proxy.kernel.tables["nat"] if name.startswith("KUBE-S")} <= {
+        chain.name for chain in proxy.kernel.fingerprinted
+    }
+
+
 def test_idle_comparison_reads_nothing_after_it_has_learned_the_fingerprints() -> None:
     proxy = DamagedProxy(a_service())
     proxy.compare()
