@@ -71,8 +71,12 @@ class FakeKernel:
         found = []
         for group in groups:
             self.fingerprinted += group
-            found.append(hash(str([self.tables[table].get(name) for table, name in group])))
+            rules = [self.tables[table].get(name, []) for table, name in group]
+            found.append(hash(str(rules)) if any(rules) else 0)
         return found
+
+    def chain_names(self) -> dict[str, set[str]]:
+        return {table: set(chains) for table, chains in self.tables.items()}
 
     def has_rule(self, chain: ChainName, rule: str) -> bool:
         return rule in self.tables[chain.table].get(chain.name, [])

@@ -7,8 +7,17 @@ import re
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 
-from kproxy.host.netlink import NETLINK_NETFILTER, BatchRejectedError, BatchSocket, NetlinkError, NetlinkSocket
+from kproxy.host.netlink import (
+    MAX_ATTEMPTS,
+    NETLINK_NETFILTER,
+    BatchRejectedError,
+    BatchSocket,
+    DumpInterruptedError,
+    NetlinkError,
+    NetlinkSocket,
+)
 from kproxy.host.netlink_message import (
     NFGENMSG_SIZE,
     NLM_F_CREATE,
@@ -37,9 +46,11 @@ from kproxy.host.nf_tables_constants import (
     NFTA_HOOK_HOOKNUM,
     NFTA_HOOK_PRIORITY,
     NFTA_RULE_CHAIN,
+    NFTA_RULE_HANDLE,
+    NFTA_RULE_PAD,
+    NFTA_RULE_POSITION,
     NFTA_RULE_TABLE,
     NFTA_TABLE_FLAGS,
-    NFTA_TABLE_HANDLE,
     NFTA_TABLE_NAME,
 )
 from kproxy.model.types import Family
@@ -47,6 +58,8 @@ from kproxy.model.types import Family
 NF_IP_PRI_NAT_SRC = 100  # linux/netfilter_ipv4.h
 _ADDRESS_FAMILIES = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 _PROBE_TABLE = "kproxy-probe"
+_RULE_POSITION = {NFTA_RULE_TABLE, NFTA_RULE_CHAIN, NFTA_RULE_HANDLE, NFTA_RULE_POSITION, NFTA_RULE_PAD}
+"""The attributes of a rule that tell where it is. The kernel sends them before those that describe what it does."""
 _COUNTER = re.compile(rb"(?<=counter\0).{28}", re.DOTALL)
 """The numbers of packets and bytes in a statement `counter` of a rule: a nested attribute with two 64-bit integers."""
 
@@ -92,23 +105,39 @@ def count_rules(family: Family, table: str, chain: str) -> int:
 def fingerprints(family: Family, groups: Iterable[Sequence[tuple[str, str]]]) -> list[int]:
     """Return a number for each group of chains, given as tables and names. It identifies the rules of these chains.
 
-    The number changes if any rule is added, replaced, moved, deleted or written again, or if its table is new.
-    It does not depend on the rules' packet counters. Chains without rules and chains that do not exist are not told
-    apart. Numbers from different processes cannot be compared.
+    Groups of chains with the same rules in the same order have the same number, also if the rules or the chains were
+    written again. The number does not depend on packet counters. It is 0 if no chain has any rule. Chains without rules
+    and chains that do not exist are not told apart. Sets count as the same if they have the same name. Numbers from
+    different processes cannot be compared.
 
-    Raises `OSError`. If rules of a chain changed during its dump, the error is a `DumpInterruptedError`.
+    One chain is dumped at a time: the time of a dump of a whole table grows with the square of its size.
+
+    The dump of a chain is repeated if rules change meanwhile, but not that of all others: with 30,000 chains, it would
+    never end while another family is being restored.
+
+    Raises `OSError`. If the last attempt was interrupted, too, the error is a `DumpInterruptedError`.
     """
     with NetlinkSocket(NETLINK_NETFILTER) as netlink:
-        tables: dict[str, bytes] = {}
         found = []
         for group in groups:
-            digests: list[object] = []
-            for table, chain in group:
-                if table not in tables:
-                    tables[table] = _table_attribute(netlink, family, table, NFTA_TABLE_HANDLE)
-                digests += [tables[table], *_rule_digests(netlink, family, table, chain)]
-            found.append(hash(tuple(digests)))
+            chains = [_chain_digests(netlink, family, table, chain) for table, chain in group]
+            found.append(hash(tuple(chains)) if any(chains) else 0)
         return found
+
+
+def chain_names(family: Family) -> dict[str, set[str]]:
+    """Return the names of the chains of each table that has any.
+
+    Raises `OSError`, which may be a `DumpInterruptedError`.
+    """
+    names: dict[str, set[str]] = {}
+    request = nfgenmsg(_ADDRESS_FAMILIES[family])
+    with NetlinkSocket(NETLINK_NETFILTER) as netlink:
+        for data, begin, end in netlink.dump(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETCHAIN), request):
+            spans = attributes(data, begin + NFGENMSG_SIZE, end)
+            table, chain = (data[slice(*spans[kind])].rstrip(b"\0") for kind in (NFTA_CHAIN_TABLE, NFTA_CHAIN_NAME))
+            names.setdefault(table.decode(errors="replace"), set()).add(chain.decode(errors="replace"))
+    return names
 
 
 def _table_attribute(netlink: NetlinkSocket, family: Family, table: str, wanted: int) -> bytes:
@@ -124,12 +153,24 @@ def _table_attribute(netlink: NetlinkSocket, family: Family, table: str, wanted:
     return found
 
 
+def _chain_digests(netlink: NetlinkSocket, family: Family, table: str, chain: str) -> tuple[int, ...]:
+    for _ in range(MAX_ATTEMPTS - 1):
+        with suppress(DumpInterruptedError):  # the kernel has sent the dump to its end
+            return tuple(_rule_digests(netlink, family, table, chain))
+    return tuple(_rule_digests(netlink, family, table, chain))
+
+
 def _rule_digests(netlink: NetlinkSocket, family: Family, table: str, chain: str) -> Iterator[int]:
     names = _string(NFTA_RULE_TABLE, table) + _string(NFTA_RULE_CHAIN, chain)
     request = nfgenmsg(_ADDRESS_FAMILIES[family]) + names
     for data, begin, end in netlink.dump(nfnl_type(NFNL_SUBSYS_NFTABLES, NFT_MSG_GETRULE), request):
-        # Skip `struct nfgenmsg`, which contains the generation ID.
-        yield hash(_COUNTER.sub(b"", data[begin + NFGENMSG_SIZE : end]))
+        # Skip what differs between equal rules, such as the handle. Everything else follows it.
+        for kind, first, _ in iterate_attributes(data, begin + NFGENMSG_SIZE, end):
+            if kind not in _RULE_POSITION:
+                yield hash(_COUNTER.sub(b"", data[first:end]))
+                break
+        else:
+            yield 0
 
 
 def _attribute(data: bytes, begin: int, end: int, wanted: int) -> bytes:

@@ -7,7 +7,7 @@ message has the port ID of the netlink socket that sent the commit. A datagram c
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from socket import AF_INET, AF_INET6
 
 from kproxy.host import nf_tables_constants as nf
@@ -46,6 +46,8 @@ _KIND = struct.Struct("=4xH")
 _PORT = struct.Struct("=12xI")
 _ANONYMOUS_SETS = ("__set", "__map")
 """The start of the names of anonymous sets, which are parts of rules."""
+MAX_TOUCHED_CHAINS = 1_000
+"""If more chains of a table are touched, the whole table counts as touched. Checking all of it takes no longer."""
 
 
 class CommitDecoder:
@@ -66,7 +68,7 @@ class CommitDecoder:
         names = dict.fromkeys(name for _, name in tables)
         # The attribute with the table's name has the same number, 1, in the messages about all kinds of objects. Most
         # datagrams are about other tables. They do not contain the bytes of the attribute and are not parsed.
-        self._needles = [attribute(nf.NFTA_TABLE_NAME, name.encode() + b"\0")[: 5 + len(name)] for name in names]
+        self._needles = [_name_attribute(name) for name in names]
         self._is_own_port = is_own_port
         self._is_own_commit = is_own_commit
         # Whether messages were skipped that belong to a commit whose end has not been received yet.
@@ -75,6 +77,9 @@ class CommitDecoder:
         # The tables that a commit has changed whose end has not been received yet.
         self._open: set[tuple[Family, str]] = set()
         self._last_end = b""
+        # The tables of which everything is touched, with the family and the first attribute of messages about them.
+        # Further messages are not decoded. One commit can have a hundred thousand.
+        self._settled: list[tuple[int, bytes, tuple[Family, str]]] = []
 
     def feed(self, datagram: bytes) -> None:
         """Decode one datagram. Datagrams about other tables or about own commits are skipped at little cost."""
@@ -107,7 +112,7 @@ class CommitDecoder:
         """Return what the complete commits since the previous call changed, or None if there is nothing to report."""
         if self._open or not self._touched:
             return None
-        tables, self._touched = self._touched, {}
+        tables, self._touched, self._settled = self._touched, {}, []
         return RulesChanged(tables)
 
     @property
@@ -119,7 +124,7 @@ class CommitDecoder:
 
     def discard(self) -> bool:
         """Discard incomplete and unreported commits, because notifications were lost. Return whether there were any."""
-        touched, self._touched, self._open = self._touched, {}, set()
+        touched, self._touched, self._open, self._settled = self._touched, {}, set(), []
         self._skipped = False
         return bool(touched)
 
@@ -131,7 +136,8 @@ class CommitDecoder:
                 return
             if kind >> 8 == nf.NFNL_SUBSYS_NFTABLES:
                 payload = begin + HEADER.size
-                self._decode_message(kind & 0xFF, flags, data, payload, min(begin + size, len(data)))
+                if not self._is_settled(data, payload):
+                    self._decode_message(kind & 0xFF, flags, data, payload, min(begin + size, len(data)))
             begin += align(size)
 
     def _decode_message(self, message: int, flags: int, data: bytes, payload: int, end: int) -> None:
@@ -140,24 +146,19 @@ class CommitDecoder:
         if table is None:
             return
         touched = self._touch(table)
-        if message in _TABLE_CHANGES:
+        _touch_part(touched, message, flags, data, spans)
+        if touched.everything or len(touched.chains) > MAX_TOUCHED_CHAINS:
             touched.everything = True
-        elif message in _CHAIN_NAMES:
-            name = _string(data, spans.get(_CHAIN_NAMES[message]))
-            touched.chains.add(name)
-            if message == nf.NFT_MSG_NEWCHAIN and not flags & _CREATED and name not in _BUILTIN_CHAINS:
-                # The chain may have been renamed. The notification has only its new name, and the rules that jump to
-                # the chain have changed, too. Linux before 5.15 leaves out the flags for new chains as well.
-                touched.everything = True
-        elif message in _SET_CHANGES:
-            _touch_set(touched, _string(data, spans.get(nf.NFTA_SET_NAME)))
-        elif message in _ELEMENT_CHANGES:
-            set_name = _string(data, spans.get(nf.NFTA_SET_ELEM_LIST_SET))
-            if set_name in touched.sets:
-                return
-            begin, end = spans.get(nf.NFTA_SET_ELEM_LIST_ELEMENTS, (0, 0))
-            for _, element_begin, element_end in iterate_attributes(data, begin, end):
-                _touch_element(touched, set_name, data, element_begin, element_end)
+            self._settled.append((data[payload], _name_attribute(table[1]), table))
+
+    def _is_settled(self, data: bytes, payload: int) -> bool:
+        """Return whether a message is about a table of which everything is touched already."""
+        for family, name, table in self._settled:
+            # The table is the first attribute of each message.
+            if data[payload] == family and data.startswith(name, payload + NFGENMSG_SIZE):
+                self._open.add(table)
+                return True
+        return False
 
     def _touch(self, table: tuple[Family, str]) -> Touched:
         self._open.add(table)
@@ -183,6 +184,11 @@ class CommitDecoder:
                 self._touched[table].by.add(name)
 
 
+def _name_attribute(table: str) -> bytes:
+    """Return the attribute with the name of a table, without padding."""
+    return attribute(nf.NFTA_TABLE_NAME, table.encode() + b"\0")[: 5 + len(table)]
+
+
 def _author(message: bytes) -> CommitAuthor:
     """Return the author of a commit, from the message that ends it. What is unknown is 0 or ""."""
     spans = _end_attributes(message)
@@ -197,6 +203,27 @@ def _end_attributes(message: bytes) -> dict[int, tuple[int, int]]:
         return attributes(message, HEADER.size + NFGENMSG_SIZE, len(message))
     except MalformedMessageError:
         return {}
+
+
+def _touch_part(touched: Touched, message: int, flags: int, data: bytes, spans: Mapping[int, tuple[int, int]]) -> None:
+    if message in _TABLE_CHANGES:
+        touched.everything = True
+    elif message in _CHAIN_NAMES:
+        name = _string(data, spans.get(_CHAIN_NAMES[message]))
+        touched.chains.add(name)
+        if message == nf.NFT_MSG_NEWCHAIN and not flags & _CREATED and name not in _BUILTIN_CHAINS:
+            # The chain may have been renamed. The notification has only its new name, and the rules that jump to
+            # the chain have changed, too. Linux before 5.15 leaves out the flags for new chains as well.
+            touched.everything = True
+    elif message in _SET_CHANGES:
+        _touch_set(touched, _string(data, spans.get(nf.NFTA_SET_NAME)))
+    elif message in _ELEMENT_CHANGES:
+        set_name = _string(data, spans.get(nf.NFTA_SET_ELEM_LIST_SET))
+        if set_name in touched.sets:
+            return
+        begin, end = spans.get(nf.NFTA_SET_ELEM_LIST_ELEMENTS, (0, 0))
+        for _, element_begin, element_end in iterate_attributes(data, begin, end):
+            _touch_element(touched, set_name, data, element_begin, element_end)
 
 
 def _touch_set(touched: Touched, name: str) -> None:

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from math import isqrt
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kproxy.host.commands import CommandError
 from kproxy.iptables.base_rules import ensured_rules
-from kproxy.iptables.comparison import RuleComparison, read_scope
+from kproxy.iptables.comparison import RuleComparison
 from kproxy.iptables.diff import IptablesDiff, RenderedServices
 from kproxy.iptables.dispatch import DISPATCH_THRESHOLD
 from kproxy.iptables.held_services import ExistingServices
@@ -93,10 +93,26 @@ class IptablesKernel(Protocol):
         """Return the latest result of `foreign_changes` that was not None. Raises `OSError` or `CommandError`."""
 
     def fingerprints(self, groups: Iterable[Sequence[ChainName]]) -> list[int] | None:
-        """Return a number for each group of chains, which is different after any rule of these chains was written.
+        """Return a number for each group of chains, which identifies the rules of these chains.
 
-        Return None if the variant of iptables does not support this. Raises `OSError` or `CommandError`.
+        It is 0 if there are none. Return None if the variant of iptables does not support this. Raises `OSError` or
+        `CommandError`.
         """
+
+    def chain_names(self) -> dict[str, set[str]]:
+        """Return the names of the chains of each table, if `fingerprints` are supported. Raises `OSError`."""
+
+
+class LastRead(NamedTuple):
+    """What a check has read of some `tables` before it found that a full sync is necessary.
+
+    `changes` is the value of `IptablesKernel.foreign_changes` before it. `ledger` is what the kernel had accepted.
+    """
+
+    changes: int
+    snapshot: IptablesSnapshot
+    tables: frozenset[str]
+    ledger: IptablesLedger
 
 
 class IptablesBackend:
@@ -133,6 +149,7 @@ class IptablesBackend:
         self._kept: dict[ServiceKey, dict[str, str]] = {}
         """The rules of the per-Service chains that these Services keep, by name, as far as they could be read."""
         self._comparison = RuleComparison(kernel)
+        self._last_read: LastRead | None = None
 
     @property
     def needs_full_sync(self) -> bool:
@@ -157,7 +174,7 @@ class IptablesBackend:
             ledger, snapshot = self._ledger, None
             max_transaction_rules = self._transaction_limit(ledger)
         else:
-            ledger, snapshot = IptablesLedger(), self._read_kernel(context)[0]
+            ledger, snapshot = IptablesLedger(), self._take_last_read(context) or self._read_kernel(context)[0]
             max_transaction_rules = self._max_transaction_rules
         suspects = SuspectFilter(self._suspects, self._records or {}, self._kept, snapshot)
         covered: dict[ServiceKey, None] = {}
@@ -207,7 +224,8 @@ class IptablesBackend:
         self._keep_rules(ledger, rejected)
         self._ledger = ledger
         self._comparison.synced(covered, is_full=is_full)
-        return ApplyResult(written, ledger.rule_counts, ledger.resolution.conflicts, rejected)
+        compare_soon = is_full and not self._comparison.knows_all(ledger)
+        return ApplyResult(written, ledger.rule_counts, ledger.resolution.conflicts, rejected, compare_soon)
 
     def _isolate(
         self,
@@ -347,11 +365,20 @@ class IptablesBackend:
         if self._ledger is None or not relevant:
             return RepairResult()
         awakened, findings = self._awaken(relevant.touched_tables)
-        damage = self._find_damage(relevant, self._ledger, context)
+        changes = self._foreign_changes()
+        snapshot = self._read(relevant, self._ledger, context)
+        damage = self._find_damage(relevant, snapshot, self._ledger, context) if snapshot is not None else None
         if damage is not None:
             findings += damage.findings
-        if damage is None or not self._is_restorable(damage) or self._is_cheaper_to_sync(damage, self._ledger):
-            self.forget()
+        if (
+            snapshot is None
+            or damage is None
+            or not self._is_restorable(damage)
+            or self._is_cheaper_to_sync(damage, self._ledger)
+        ):
+            if snapshot is not None and changes is not None:
+                self._last_read = LastRead(changes, snapshot, relevant.tables, self._ledger)
+            self._ledger = None
             return RepairResult(tuple(awakened), tuple(findings), needs_full_sync=True)
         if not damage:
             return RepairResult(tuple(awakened), tuple(findings))
@@ -381,15 +408,42 @@ class IptablesBackend:
                 findings.append(f"Services have no effect: {error}")
         return awakened, findings
 
-    def _find_damage(self, scope: Scope, ledger: IptablesLedger, context: Context) -> Damage | None:
-        """Return what is damaged in `scope`, or None if the rules cannot be read. Raises `SyncError`."""
-        if not scope:
-            return Damage()
+    def _foreign_changes(self) -> int | None:
+        """Return the number of `IptablesKernel.foreign_changes`, or None if it is unknown."""
         try:
-            snapshot = read_scope(self._kernel, scope, ledger, context)
-            return find_damage(scope, snapshot, ledger, context, self._kernel) if snapshot is not None else None
+            return self._kernel.foreign_changes()
+        except (OSError, CommandError):
+            return None
+
+    def _read(self, scope: Scope, ledger: IptablesLedger, context: Context) -> IptablesSnapshot | None:
+        """Return the chains in `scope`, or None if they cannot be read. Raises `SyncError`."""
+        try:
+            return self._comparison.read(scope, ledger, context) if scope else IptablesSnapshot({}, {})
         except CommandError as error:
             raise SyncError(str(error)) from None
+
+    def _find_damage(
+        self, scope: Scope, snapshot: IptablesSnapshot, ledger: IptablesLedger, context: Context
+    ) -> Damage:
+        """Return what is damaged in `scope`. Raises `SyncError`."""
+        try:
+            return find_damage(scope, snapshot, ledger, context, self._kernel)
+        except CommandError as error:
+            raise SyncError(str(error)) from None
+
+    def _take_last_read(self, context: Context) -> IptablesSnapshot | None:
+        """Return a snapshot of all tables if a check has just read one and no other process has changed rules since.
+
+        The snapshot is used only once, because a sync changes the rules. Raises `SyncError`.
+        """
+        last, self._last_read = self._last_read, None
+        if last is None or last.changes != self._foreign_changes():
+            return None
+        missing = frozenset(TABLES) - last.tables
+        rest = self._read(Scope(tables=missing), last.ledger, context)
+        if rest is None or last.changes != self._foreign_changes():
+            return None
+        return IptablesSnapshot(last.snapshot.digests | rest.digests, last.snapshot.rules | rest.rules)
 
     def _is_restorable(self, damage: Damage) -> bool:
         """Return whether the rules of all damaged chains are known: those of a rejected Service may not be."""
@@ -465,7 +519,7 @@ class IptablesBackend:
 
     def forget(self) -> None:
         """Discard the ledger: the next `sync` reads all rules from the kernel."""
-        self._ledger = None
+        self._ledger = self._last_read = None
 
     def _apply(self, diff: IptablesDiff, written: Counter[str], touched: set[ChainName] | None = None) -> None:
         """Apply the transactions of a diff. Add the number of rules that they write, by table, to `written`.

@@ -25,6 +25,7 @@ from kproxy.host.commands import (
 from kproxy.host.netlink import retry_interrupted
 from kproxy.host.nf_tables import (
     awaken,
+    chain_names,
     count_rules,
     current_generation,
     fingerprints,
@@ -243,7 +244,7 @@ class IptablesRunner:
         return self._foreign().latest()
 
     def fingerprints(self, groups: Iterable[Sequence[ChainName]]) -> list[int] | None:
-        """Return a number for each group of chains, which changes if any rule of these chains is written.
+        """Return a number for each group of chains, which identifies the rules of these chains.
 
         Return None for iptables-legacy. See `kproxy.host.nf_tables.fingerprints`. Raises `OSError` or `CommandError`.
         """
@@ -251,6 +252,10 @@ class IptablesRunner:
             return None
         wanted = list(groups)
         return retry_interrupted(lambda: fingerprints(self._family, wanted))
+
+    def chain_names(self) -> dict[str, set[str]]:
+        """Return the names of the chains of each table that has any. Only for iptables-nft. Raises `OSError`."""
+        return retry_interrupted(partial(chain_names, self._family))
 
     @contextmanager
     def save(self, table: str = "") -> Iterator[Iterator[str]]:

@@ -48,12 +48,14 @@ class ApplyResult(Struct, frozen=True):
     kproxy rules in the kernel, keyed by table. `conflicts` are all current frontend conflicts, not only those of the
     Services that the sync covered. `rejected` maps each Service whose rules the kernel rejected to the reason, on one
     line. The rules that the kernel accepted last for such a Service stay active; all other Services are programmed.
+    If `compare_soon` is true, a comparison of all rules prepares the backend to find later damage quickly.
     """
 
     written_rules: Mapping[str, int]
     total_rules: Mapping[str, int]
     conflicts: tuple[FrontendConflict, ...] = ()
     rejected: Mapping[ServiceKey, str] = {}
+    compare_soon: bool = False
 
 
 class ServiceCounts(Struct, frozen=True):

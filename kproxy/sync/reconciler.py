@@ -560,6 +560,8 @@ class Reconciler:
             state.schedule.succeeded()
             if outcome.complete:
                 state.repairs.full_sync_ended(self._clock())
+                if outcome.applied.compare_soon and state.next_step is None:
+                    state.next_step = self._clock() + STEP_SECONDS
             report = SyncReport(family, attempt.started, attempt.finished, outcome)
             self._log_sync(state, report, outcome)
         state.reports.append(report)

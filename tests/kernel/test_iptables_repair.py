@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from kproxy.host import nf_tables
+from kproxy.host.netlink import DumpInterruptedError, NetlinkSocket
 from kproxy.host.nf_tables import current_generation
 from kproxy.iptables.foreign_changes import GenerationCounter
 from kproxy.iptables.names import ChainName
@@ -301,7 +303,7 @@ def test_foreign_transaction_during_a_rejected_own_one_is_noticed(node: Namespac
 
 
 @pytest.mark.usefixtures("programs_of_nft")
-def test_fingerprint_changes_with_every_write(node: Namespace) -> None:
+def test_fingerprint_identifies_the_rules_of_a_chain(node: Namespace) -> None:
     runner = IptablesRunner(Family.IPV4)
     chain = ChainName("nat", "KUBE-A")
     text = "*nat\n:KUBE-A - [0:0]\n-A KUBE-A -j RETURN\nCOMMIT\n"
@@ -313,13 +315,37 @@ def test_fingerprint_changes_with_every_write(node: Namespace) -> None:
         (["iptables-restore"], text),
         (["iptables", "-t", "nat", "-F", "KUBE-A"], ""),
     )
-    seen = []
+    seen: dict[str, int] = {}
     for command, stdin in commands:
         node.run(command, stdin)
-        once, again = (node.call(lambda: runner.fingerprints([[chain]])) for _ in range(2))
-        assert once == again
-        seen.append(once)
-    assert len({str(each) for each in seen}) == len(seen)
+        found, empty = node.call(lambda: runner.fingerprints([[chain], [ChainName("nat", "ABSENT")]])) or (0, 0)
+        rules = node.run(["iptables", "-t", "nat", "-S", "KUBE-A"]).stdout
+        assert seen.setdefault(rules, found) == found  # also if the same rules were written again
+        assert (found == empty) is ("-A " not in rules)
+    assert len(set(seen.values())) == len(seen) == 4
+
+
+@pytest.mark.usefixtures("programs_of_nft")
+def test_interrupted_dump_of_a_chain_is_the_only_one_to_be_repeated(
+    node: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f":KUBE-{name} - [0:0]\n-A KUBE-{name} -j RETURN\n" for name in "ABC")
+    node.run(["iptables-restore", "--noflush"], f"*nat\n{text}COMMIT\n")
+    groups = [[ChainName("nat", f"KUBE-{name}")] for name in "ABC"]
+    runner = IptablesRunner(Family.IPV4)
+    expected = node.call(lambda: runner.fingerprints(groups))
+    dumped: list[str] = []
+    rule_digests = nf_tables._rule_digests
+
+    def interrupted(netlink: NetlinkSocket, family: Family, table: str, chain: str) -> Iterator[int]:
+        dumped.append(chain)
+        yield from rule_digests(netlink, family, table, chain)
+        if dumped.count(chain) == 1 and chain == "KUBE-B":
+            raise DumpInterruptedError(0, "interrupted")
+
+    monkeypatch.setattr(nf_tables, "_rule_digests", interrupted)
+    assert node.call(lambda: runner.fingerprints(groups)) == expected
+    assert dumped == ["KUBE-A", "KUBE-B", "KUBE-B", "KUBE-C"]
 
 
 @pytest.mark.usefixtures("programs_of_nft")

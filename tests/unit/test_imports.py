@@ -32,6 +32,7 @@ ONLY_MODEL = {"host", "serve", "simulate"}
 PURE = (
     "model.*",
     *(f"iptables.{name}" for name in ("names", "render", "base_rules", "save_restore", "ledger", "diff", "dispatch")),
+    "iptables.chain_groups",
     *(f"iptables.{name}" for name in ("frontend_conflicts", "patch", "cleanup", "foreign_rules", "repair")),
     "iptables.rule_counters",
     *(

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kproxy.host.commands import CommandError
 from kproxy.iptables.base_rules import ensured_rules
-from kproxy.iptables.comparison import CHAINS_PER_STEP, MAX_STEPS
+from kproxy.iptables.comparison import CHAINS_PER_STEP, MAX_STEPS, MIN_RULES
 from kproxy.iptables.foreign_changes import CONTENT_CPU_SHARE, GenerationCounter, TableObserver
 from kproxy.iptables.foreign_rules import conditional_match, ends_evaluation, restore_commands
 from kproxy.iptables.legacy_poll import LegacyPoll
@@ -155,12 +155,22 @@ def random_change(seed: int, steps: int) -> Callable[[dict[str, Table]], None]:
 damages = st.builds(random_change, st.integers(0, 2**32), st.integers(1, 4))
 
 
-@settings(deadline=None, max_examples=200)
+@pytest.fixture(params=[(MIN_RULES, 0), (0, 0), (0, 1000)], ids=["small tables", "large tables", "large and listed"])
+def _size_of_tables(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat all tables as small or as large ones."""
+    min_rules, max_listed_chains = request.param
+    monkeypatch.setattr("kproxy.iptables.comparison.MIN_RULES", min_rules)
+    monkeypatch.setattr("kproxy.iptables.table_content.MAX_LISTED_CHAINS", max_listed_chains)
+
+
+@pytest.mark.usefixtures("_size_of_tables")
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(deltas(), max_size=12), damages, st.sampled_from(THRESHOLDS), st.booleans())
 def test_any_damage_is_repaired_exactly(
     history: list[Delta], change: Callable[[dict[str, Table]], None], threshold: int, everything: bool
 ) -> None:
     proxy = DamagedProxy(history, dispatch_threshold=threshold)
+    proxy.compare()
     touched = proxy.damage(change)
     if everything:
         touched = {table: Touched(everything=True) for table in proxy.kernel.tables}
@@ -379,9 +389,16 @@ def test_jumps_are_inserted_in_order_between_foreign_rules() -> None:
 # Comparison
 
 
+def test_fingerprints_of_all_chains_are_learned_soon_after_the_first_sync() -> None:
+    proxy = DamagedProxy(a_service())
+    assert {name for name in proxy.kernel.tables["nat"] if name.startswith("KUBE-S")} <= {
+        chain.name for chain in proxy.kernel.fingerprinted
+    }
+
+
 def test_idle_comparison_reads_nothing_after_it_has_learned_the_fingerprints() -> None:
     proxy = DamagedProxy(a_service())
-    assert proxy.compare()
+    proxy.compare()
     reads = proxy.kernel.reads
     proxy.kernel.fingerprinted.clear()
     assert proxy.compare() == []
@@ -404,6 +421,10 @@ def test_kernel_that_cannot_tell_what_changed_is_an_error_of_the_comparison_only
         proxy.families[V4].forget()
         proxy.families[V4].sync(proxy.store)
         assert proxy.rules() == proxy.intact
+        for delta in a_service("b", 2):  # the comparison does not know its fingerprint
+            proxy.families[V4].add_changes(proxy.store.apply(delta))
+        proxy.families[V4].sync(proxy.store)
+        proxy.intact = proxy.rules()
         with pytest.raises(SyncError, match="out of"):
             proxy.compare()
     proxy.damage(lambda tables: tables["nat"]["KUBE-SERVICES"].clear())

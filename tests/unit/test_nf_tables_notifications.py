@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kproxy.host.nf_tables_notifications import CommitDecoder
+from kproxy.host.nf_tables_notifications import MAX_TOUCHED_CHAINS, CommitDecoder
 from kproxy.model.drift import MAX_TOUCHED_ELEMENTS, CommitAuthor, RulesChanged, Touched
 from kproxy.model.types import Family
 
@@ -244,6 +244,33 @@ def test_too_many_elements_touch_the_whole_set() -> None:
         found.feed(ELEMENTS[0].replace(FAKE_KEY, number.to_bytes(4, "big")))
     found.feed(ELEMENTS[1])
     assert found.take() == RulesChanged({IPV4: Touched(sets={"s"}, by={"nft"})})
+
+
+def test_too_many_chains_touch_the_whole_table() -> None:
+    nat = (Family.IPV4, "nat")
+    found = CommitDecoder([nat, (Family.IPV6, "nat")], lambda _: False)
+    for number in range(MAX_TOUCHED_CHAINS + 100):
+        found.feed(CREATE[0].replace(b"FOREIGN", b"%07d" % number))
+    found.feed(CREATE[1])
+    changed = found.take()
+    assert changed is not None
+    assert list(changed.tables) == [nat]
+    assert changed.tables[nat].everything
+    assert changed.tables[nat].by == {"iptables-nft"}
+    assert len(changed.tables[nat].chains) == MAX_TOUCHED_CHAINS + 1
+
+
+def test_change_of_a_part_belongs_to_its_commit_although_everything_in_the_table_is_touched() -> None:
+    found = decoder()
+    for datagram in (*RENAME, ELEMENTS[0]):
+        found.feed(datagram)
+    assert found.take() is None
+    found.feed(ELEMENTS[1].replace(b"nft\0", b"add\0"))
+    assert found.take() == RulesChanged({IPV4: Touched(everything=True, chains={"d"}, by={"nft", "add"})})
+    # The other family has a table of the same name.
+    changed = decode((*RENAME, *BOTH))
+    assert changed is not None
+    assert changed.tables[IPV6] == Touched(chains={"d"}, by={"nft"})
 
 
 def test_discarded_commits_are_not_reported_and_the_last_generation_is_known() -> None:
