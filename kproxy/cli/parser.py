@@ -101,7 +101,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises `SystemExit`: with code 0 after `--help` and `--version`, and with code 2 for invalid usage.
     """
     first = arguments[0] if arguments else ""
-    parser, commands = command_line({first})
+    parser, commands = command_line({first}, {first} if first in COMMANDS else COMMANDS)
     if not arguments:
         parser.print_help(sys.stderr)
         parser.exit(2)
@@ -113,11 +113,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, OneLineParser]]:
-    """Return the top-level parser, and the parsers of all commands by name.
+def command_line(
+    described: Collection[str], accepted: Collection[str] = COMMANDS.keys()
+) -> tuple[OneLineParser, dict[str, OneLineParser]]:
+    """Return the top-level parser, and the parsers of the commands in `accepted` by name.
 
-    Only the parsers of the commands in `described` have flags. Defining a command's flags imports its module and the
-    configuration package, which other commands and `kproxy --version` do not need.
+    Every parser takes a millisecond. Only the parsers of the commands in `described` have flags. Defining a command's
+    flags imports its module and the configuration package, which other commands and `kproxy --version` do not need.
     """
     parser = OneLineParser(
         "kproxy",
@@ -130,6 +132,8 @@ def command_line(described: Collection[str]) -> tuple[OneLineParser, dict[str, O
     parser.add_argument("--version", action="version", version=f"kproxy {__version__}", help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND [FLAGS]", prog="kproxy", required=True)
     for name, summary in COMMANDS.items():
+        if name not in accepted:
+            continue
         if name in described:
             import_module(f"kproxy.cli.{name.replace('-', '_')}").add_command(commands)
         else:

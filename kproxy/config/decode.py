@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
-import msgspec
 from msgspec import Meta, Struct
 
 from kproxy.config.types import FlushSeconds, Quantity, Seconds
@@ -70,8 +70,8 @@ def decode(section: type[_S], data: object, locate: Locate, path: FieldPath = ()
     """
     if not isinstance(data, dict):
         raise must_be(locate(path), "a mapping", data)
-    hints = get_type_hints(section, include_extras=True)
-    names = {item.encode_name: item.name for item in msgspec.structs.fields(section)}
+    hints = _types(section)
+    names = dict(zip(section.__struct_encode_fields__, section.__struct_fields__, strict=True))
     values = {names[key]: _value(hints[names[key]], value, locate, (*path, key)) for key, value in data.items()}
     return section(**values)
 
@@ -79,8 +79,8 @@ def decode(section: type[_S], data: object, locate: Locate, path: FieldPath = ()
 def encode(value: object) -> Any:
     """Convert a section, or the value of a field, to data that `decode` accepts: dicts, lists and scalars."""
     if isinstance(value, Struct):
-        fields = msgspec.structs.fields(type(value))
-        return {item.encode_name: encode(getattr(value, item.name)) for item in fields}
+        names = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
+        return {name: encode(getattr(value, field)) for name, field in names}
     if isinstance(value, Seconds):
         return format_duration(value)
     if isinstance(value, tuple):
@@ -97,8 +97,9 @@ def known_fields(
 
     Fields of nested sections are checked too. Field names are case-sensitive, as in kube-proxy. Values are not checked.
     """
-    hints = get_type_hints(section, include_extras=True)
-    types = {item.encode_name: hints[item.name] for item in msgspec.structs.fields(section)}
+    hints = _types(section)
+    names = zip(section.__struct_encode_fields__, section.__struct_fields__, strict=True)
+    types = {name: hints[field] for name, field in names}
     known = {}
     for key, value in data.items():
         field = (*path, str(key))
@@ -107,6 +108,12 @@ def known_fields(
         else:
             problems.append(ConfigProblem(f"{locate(field)}: {_unknown_field_text(field, types)}"))
     return known
+
+
+@cache
+def _types(section: type[Struct]) -> Mapping[str, Any]:
+    """Return the types of a section's fields by name. Python compiles every annotation to find them."""
+    return get_type_hints(section, include_extras=True)
 
 
 def duplicate_json_keys(text: bytes) -> list[FieldPath]:

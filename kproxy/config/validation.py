@@ -114,12 +114,12 @@ def has_port(endpoint: str) -> bool:
 
 def _changed(section: Struct, default: Struct, path: FieldPath) -> Iterator[FieldPath]:
     """Yield the paths of the fields in a section, including nested ones, that differ from the default."""
-    for item in msgspec.structs.fields(type(section)):
-        value, default_value = getattr(section, item.name), getattr(default, item.name)
+    for name, field in zip(section.__struct_encode_fields__, section.__struct_fields__, strict=True):
+        value, default_value = getattr(section, field), getattr(default, field)
         if isinstance(value, Struct):
-            yield from _changed(value, default_value, (*path, item.encode_name))
+            yield from _changed(value, default_value, (*path, name))
         elif value != default_value:
-            yield (*path, item.encode_name)
+            yield (*path, name)
 
 
 def _check_names(config: Config, locate: Locate) -> None:

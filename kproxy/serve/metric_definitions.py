@@ -15,165 +15,15 @@ kproxy omits these metrics, which describe the implementation of kube-proxy:
 from __future__ import annotations
 
 import platform
-import resource
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from msgspec import Struct
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from kproxy import __version__
 from kproxy.model.connection_counts import ServicePortName
 from kproxy.model.drift import PART_KINDS
 from kproxy.model.types import Family, Protocol
-
-NETSTAT = Path("/proc/self/net/netstat")
-UNLIMITED = 2**64 - 1
-"""The value that Go's process collector reports if the limit is not set."""
-
-
-class ProcessLimitsCollector(Collector):
-    """Metrics that Go's process collector reports and prometheus-client does not.
-
-    They are the address space limit of this process and the IP traffic of its network namespace.
-    """
-
-    def collect(self) -> Iterator[Metric]:
-        """Return the current values. Metrics whose values the kernel does not provide are omitted."""
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        yield GaugeMetricFamily(
-            "process_virtual_memory_max_bytes",
-            "Limit of the virtual memory size of this process in bytes.",
-            value=UNLIMITED if limit == resource.RLIM_INFINITY else limit,
-        )
-        try:
-            traffic = ip_traffic(NETSTAT.read_text())
-        except OSError:
-            return
-        for name, field, verb in (("receive", "InOctets", "received"), ("transmit", "OutOctets", "sent")):
-            if field in traffic:
-                yield CounterMetricFamily(
-                    f"process_network_{name}_bytes_total",
-                    f"Number of IP bytes {verb} in the network namespace of this process.",
-                    value=traffic[field],
-                )
-
-
-def ip_traffic(netstat: str) -> dict[str, int]:
-    """Return the values of the IpExt lines in `/proc/net/netstat` by field name, such as `InOctets` (in bytes).
-
-    One line contains the names and the next line the values. Return an empty dict if the two lines are missing. Values
-    that are not numbers are omitted.
-    """
-    rows = [line.split()[1:] for line in netstat.splitlines() if line.startswith("IpExt:")]
-    pairs = zip(*rows, strict=False) if len(rows) == 2 else ()
-    return {name: int(value) for name, value in pairs if value.isascii() and value.isdigit()}
-
-
-class PacketCounterCollector(Collector):
-    """Reads packet counters of the kernel at each scrape.
-
-    `counters` maps the name and help text of each metric to a function. The function returns the number of packets, or
-    None if the kernel does not have the counter.
-    """
-
-    def __init__(self, counters: Mapping[tuple[str, str], Callable[[], int | None]]) -> None:
-        self._counters = counters
-
-    def collect(self) -> Iterator[Metric]:
-        """Return the current values. Counters that do not exist are omitted."""
-        for (name, text), read in self._counters.items():
-            packets = read()
-            if packets is not None:
-                yield CounterMetricFamily(name, text, value=packets)
-
-
-class LocalhostNodePorts(Struct, frozen=True):
-    """NodePorts on the loopback address of an IP family in nftables mode.
-
-    `listeners` is the number of open listeners, and `failures` counts failures to open one. Both are None if kproxy
-    does not serve these NodePorts. `rejected` is the number of rejected packets of each protocol.
-    """
-
-    rejected: Mapping[Protocol, int]
-    listeners: int | None = None
-    failures: int | None = None
-
-
-class LocalhostNodePortCollector(Collector):
-    """Reads the state of NodePorts on loopback addresses at each scrape. `read` may be replaced."""
-
-    def __init__(self) -> None:
-        self.read: Callable[[], Mapping[Family, LocalhostNodePorts]] = dict
-
-    def collect(self) -> Iterator[Metric]:
-        """Return the current numbers."""
-        prefix = "kubeproxy_nftables_localhost_nodeport"
-        listeners = GaugeMetricFamily(
-            f"{prefix}_listeners", "Number of NodePorts that kproxy serves on the loopback address.", labels=FAMILY
-        )
-        failures = CounterMetricFamily(
-            f"{prefix}_listener_creation_failures_total",
-            "Number of failures to listen on a NodePort of the loopback address.",
-            labels=FAMILY,
-        )
-        rejected = CounterMetricFamily(
-            f"{prefix}_rejected_packets_total",
-            "Number of packets rejected because they were for a NodePort on a loopback address.",
-            labels=(*FAMILY, "protocol"),
-        )
-        for family, each in self.read().items():
-            if each.listeners is not None:
-                listeners.add_metric((family.value,), each.listeners)
-            if each.failures is not None:
-                failures.add_metric((family.value,), each.failures)
-            for protocol, packets in each.rejected.items():
-                rejected.add_metric((family.value, protocol), packets)
-        yield from (each for each in (listeners, failures, rejected) if each.samples)
-
-
-class ApiContactCollector(Collector):
-    """When the API server last sent data about the objects of each kind.
-
-    `times` returns them by kind, in seconds since the epoch. It may be replaced.
-    """
-
-    def __init__(self) -> None:
-        self.times: Callable[[], Mapping[str, float]] = dict
-
-    def collect(self) -> Iterator[Metric]:
-        """Return the current times."""
-        family = GaugeMetricFamily(
-            "kproxy_api_last_contact_timestamp_seconds",
-            "Unix time at which the API server last sent an object, a list or a bookmark of a kind.",
-            labels=("kind",),
-        )
-        for kind, seconds in self.times().items():
-            family.add_metric((kind,), seconds)
-        yield family
-
-
-class ServiceConnectionsCollector(Collector):
-    """Connections to each service port. `read` returns them at each scrape. It is None if they are not exposed."""
-
-    def __init__(self) -> None:
-        self.read: Callable[[], Mapping[ServicePortName, int]] | None = None
-
-    def collect(self) -> Iterator[Metric]:
-        """Return the current numbers."""
-        if self.read is None:
-            return
-        family = CounterMetricFamily(
-            "kproxy_service_connections_total",
-            "Number of connections to a port of a Service on this node. Without labels: to all other ports.",
-            labels=ServicePortName._fields,
-        )
-        for name, connections in self.read().items():
-            family.add_metric(name, connections)
-        yield family
-
+from kproxy.serve.metric_values import Counter, Gauge, Histogram
 
 SYNC_BUCKETS = tuple(0.001 * 2**power for power in range(15))
 """Histogram buckets in seconds for the duration of syncs and conntrack cleanups, as in kube-proxy."""
@@ -190,25 +40,45 @@ LOCALHOST_ACCEPTED = (
     "kubeproxy_iptables_localhost_nodeports_accepted_packets_total",
     "Number of packets accepted to NodePorts on the loopback interface.",
 )
-
-
 REQUEST_BUCKETS = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
 """Histogram buckets in seconds for the duration of requests to the API server, as in client-go."""
 
 
-class MetricDefinitions:
-    """All metrics of the daemon, in their own registry.
+class LocalhostNodePorts(Struct, frozen=True):
+    """NodePorts on the loopback address of an IP family in nftables mode.
 
-    Some metrics exist only in iptables mode or only in nftables mode; `mode` determines which ones are defined. In
-    iptables mode, `counters` is passed to `PacketCounterCollector`.
+    `listeners` is the number of open listeners, and `failures` counts failures to open one. Both are None if kproxy
+    does not serve these NodePorts. `rejected` is the number of rejected packets of each protocol.
+    """
+
+    rejected: Mapping[Protocol, int]
+    listeners: int | None = None
+    failures: int | None = None
+
+
+class MetricDefinitions:
+    """All metrics of the daemon, except those of its process. `kproxy.serve.metrics_page` renders them.
+
+    Some metrics exist only in iptables mode or only in nftables mode; `mode` determines which ones are defined.
+
+    - `recorded` are the metrics whose values the daemon updates.
+    - The other metrics are read at each scrape:
+        - `packet_counters` maps the name and help text of each packet counter of the kernel to a function that returns
+          the number of packets, or None if the kernel does not have the counter. It is empty in nftables mode.
+        - `api_contacts` returns when the API server last sent data about the objects of each kind, in seconds since the
+          epoch.
+        - `localhost_node_ports` returns the state of NodePorts on loopback addresses.
+        - `service_connections` returns the connections to each service port. It is None if they are not exposed.
     """
 
     def __init__(
         self, mode: str, families: Iterable[Family], counters: Mapping[tuple[str, str], Callable[[], int | None]]
     ) -> None:
-        registry = CollectorRegistry()
-        self.registry = WithoutCreatedSamples(registry)
-        self._registry = registry
+        self.recorded: list[Counter | Gauge | Histogram] = []
+        self.packet_counters = {} if mode == "nftables" else counters
+        self.api_contacts: Callable[[], Mapping[str, float]] = dict
+        self.localhost_node_ports: Callable[[], Mapping[Family, LocalhostNodePorts]] = dict
+        self.service_connections: Callable[[], Mapping[ServicePortName, int]] | None = None
         self._names = [family.value for family in families]
         self._define_syncs()
         self._define_changes()
@@ -217,18 +87,9 @@ class MetricDefinitions:
             self._define_nftables()
         else:
             self._define_iptables()
-            registry.register(PacketCounterCollector(counters))
         self._define_http()
         self._define_build()
         self.node_missing = self._gauge("kproxy_node_missing", "Whether this machine's Node is missing (1) or not (0).")
-        self.api_contacts = ApiContactCollector()
-        registry.register(self.api_contacts)
-        self.localhost_node_ports = LocalhostNodePortCollector()
-        registry.register(self.localhost_node_ports)
-        self.service_connections = ServiceConnectionsCollector()
-        registry.register(self.service_connections)
-        ProcessCollector(registry=registry)
-        registry.register(ProcessLimitsCollector())
 
     def _define_syncs(self) -> None:
         self.sync = self._durations("sync_proxy_rules", "Duration of syncs in seconds.")
@@ -236,12 +97,11 @@ class MetricDefinitions:
         self.partial_sync = self._durations(
             "sync_partial_proxy_rules", "Duration of partial syncs (changed Services) in seconds."
         )
-        self.programming = Histogram(
+        self.programming = self._histogram(
             "kubeproxy_network_programming_duration_seconds",
             "Time in seconds from an endpoint change in the cluster until this node has programmed it.",
             FAMILY,
-            buckets=PROGRAMMING_BUCKETS,
-            registry=self._registry,
+            PROGRAMMING_BUCKETS,
         )
         self.last_queued = self._gauge(
             "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
@@ -284,9 +144,9 @@ class MetricDefinitions:
         self._initialize(self.failures)
         for name in self._names:
             for policy in POLICIES:
-                self.no_local_endpoints.labels(name, policy)
+                self.no_local_endpoints.set(0, name, policy)
             for kind in PART_KINDS:
-                self.drift_repairs.labels(name, kind)
+                self.drift_repairs.add(0, name, kind)
 
     def _define_changes(self) -> None:
         prefix = "kubeproxy_sync_proxy_rules"
@@ -304,12 +164,11 @@ class MetricDefinitions:
         )
 
     def _define_conntrack(self) -> None:
-        self.conntrack = Histogram(
+        self.conntrack = self._histogram(
             "kubeproxy_conntrack_reconciler_sync_duration_seconds",
             "Duration of conntrack cleanups in seconds.",
             FAMILY,
-            buckets=SYNC_BUCKETS,
-            registry=self._registry,
+            SYNC_BUCKETS,
         )
         self.conntrack_deleted = self._counter(
             "kubeproxy_conntrack_reconciler_deleted_entries_total", "Number of stale conntrack entries deleted.", FAMILY
@@ -354,12 +213,11 @@ class MetricDefinitions:
             "Number of failures to receive objects from the API server, by kind of object and reason.",
             ("kind", "reason"),
         )
-        self.request_duration = Histogram(
+        self.request_duration = self._histogram(
             "rest_client_request_duration_seconds",
             "Time in seconds until the API server starts to respond, by host and verb.",
             ("host", "verb"),
-            buckets=REQUEST_BUCKETS,
-            registry=self._registry,
+            REQUEST_BUCKETS,
         )
 
     def _define_build(self) -> None:
@@ -376,33 +234,28 @@ class MetricDefinitions:
         }
         # Not `kubernetes_build_info`: alerts compare the versions in that metric across the components of Kubernetes.
         build = self._gauge("kproxy_build_info", "Build information of kproxy; the value is always 1.", tuple(labels))
-        build.labels(**labels).set(1)
+        build.set(1, *labels.values())
 
     def _durations(self, name: str, text: str) -> Histogram:
-        full = f"kubeproxy_{name}_duration_seconds"
-        return Histogram(full, text, FAMILY, buckets=SYNC_BUCKETS, registry=self._registry)
+        return self._histogram(f"kubeproxy_{name}_duration_seconds", text, FAMILY, SYNC_BUCKETS)
 
-    def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
-        return Gauge(name, text, labels, registry=self._registry)
+    def _histogram(self, name: str, text: str, labels: Sequence[str], bounds: Iterable[float]) -> Histogram:
+        histogram = Histogram(name, text, labels, bounds)
+        self.recorded.append(histogram)
+        return histogram
 
-    def _counter(self, name: str, text: str, labels: Iterable[str] = ()) -> Counter:
-        return Counter(name, text, labels, registry=self._registry)
+    def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
+        gauge = Gauge(name, text, labels)
+        self.recorded.append(gauge)
+        return gauge
+
+    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+        counter = Counter(name, text, labels)
+        self.recorded.append(counter)
+        return counter
 
     def _initialize(self, *counters: Counter) -> None:
         """Expose counters as 0 before their first increment. Otherwise, `rate()` would miss the first increment."""
         for counter in counters:
             for name in self._names:
-                counter.labels(name)
-
-
-class WithoutCreatedSamples(Collector):
-    """The metrics of a registry without their `..._created` series, which kube-proxy does not have."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterator[Metric]:
-        """Return all metrics."""
-        for metric in self._registry.collect():
-            metric.samples = [sample for sample in metric.samples if sample.name != f"{metric.name}_created"]
-            yield metric
+                counter.add(0, name)

@@ -1,10 +1,8 @@
-"""The `/metrics` page, and the listeners that update the metrics."""
+"""The listeners that update the metrics, and the handler of `/metrics`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-
-from prometheus_client import generate_latest
 
 from kproxy.model.connection_counts import ServicePortName
 from kproxy.model.delta import Kind
@@ -49,11 +47,13 @@ class Metrics:
 
     def page(self, _: HttpRequest) -> HttpResponse:
         """Respond with all metrics."""
-        return HttpResponse(200, (("Content-Type", CONTENT_TYPE),), generate_latest(self._metrics.registry))
+        from kproxy.serve.metrics_page import render  # noqa: PLC0415 - takes 2 MB of memory; many nodes are not scraped
+
+        return HttpResponse(200, (("Content-Type", CONTENT_TYPE),), render(self._metrics))
 
     def on_queue(self, family: Family, now: float) -> None:  # noqa: ARG002 - the metric is a wall clock time
         """Record that an IP family has a change that is waiting for a sync."""
-        self._metrics.last_queued.labels(family.value).set(self._wall())
+        self._metrics.last_queued.set(self._wall(), family.value)
 
     def on_change(self, kind: Kind, changed: StoreChange) -> None:
         """Count the Services that a change to Services or EndpointSlices affects.
@@ -62,10 +62,10 @@ class Metrics:
         changed.
         """
         if kind is Service:
-            self._metrics.service_changes.inc(len(changed.services) * len(self._families))
+            self._metrics.service_changes.add(len(changed.services) * len(self._families))
             self._add_pending(self._services_pending, len(changed.services))
         elif kind is EndpointSlice:
-            self._metrics.endpoint_changes.inc(len(changed.services))
+            self._metrics.endpoint_changes.add(len(changed.services))
             self._add_pending(self._endpoints_pending, len(changed.services))
         self._set_pending()
 
@@ -73,8 +73,8 @@ class Metrics:
         """Record the duration and the outcome of a sync."""
         result, name, seconds = report.result, report.family.value, report.finished - report.started
         full = report.family in self._unsynced or (result is not None and result.complete)
-        self._metrics.sync.labels(name).observe(seconds)
-        (self._metrics.full_sync if full else self._metrics.partial_sync).labels(name).observe(seconds)
+        self._metrics.sync.observe(seconds, name)
+        (self._metrics.full_sync if full else self._metrics.partial_sync).observe(seconds, name)
         if result is None:
             self._failed(report.family, full=full)
             return
@@ -83,25 +83,25 @@ class Metrics:
         self._set_pending()
         self._set_times(name, result.last_changes)
         self._set_rules(name, result.applied)
-        self._metrics.without_endpoints.labels(name).set(result.counts.without_endpoints)
-        self._metrics.in_conflict.labels(name).set(result.counts.in_conflict)
-        self._metrics.quarantined.labels(name).set(result.counts.quarantined)
+        self._metrics.without_endpoints.set(result.counts.without_endpoints, name)
+        self._metrics.in_conflict.set(result.counts.in_conflict, name)
+        self._metrics.quarantined.set(result.counts.quarantined, name)
         missing = self._missing_local[report.family]
         missing.update(result.plans, complete=result.complete)
         for policy, number in zip(POLICIES, missing.totals, strict=True):
-            self._metrics.no_local_endpoints.labels(name, policy).set(number)
+            self._metrics.no_local_endpoints.set(number, name, policy)
 
     def on_repair(self, report: RepairReport) -> None:
         """Count the parts of the rules that were restored. A full sync counts as the repair of a table."""
         name = report.family.value
         for part in report.result.repaired:
-            self._metrics.drift_repairs.labels(name, part.kind).inc()
+            self._metrics.drift_repairs.add(1, name, part.kind)
         if report.result.needs_full_sync:
-            self._metrics.drift_repairs.labels(name, "table").inc()
+            self._metrics.drift_repairs.add(1, name, "table")
 
     def on_probe(self, page: str, status: int) -> None:
         """Count a response of `page` ("healthz" or "livez") under its HTTP status."""
-        self._metrics.probes[page].labels(str(int(status))).inc()
+        self._metrics.probes[page].add(1, str(int(status)))
 
     def set_node_missing(self, missing: bool) -> None:
         """Set whether this machine's Node is missing."""
@@ -112,11 +112,11 @@ class Metrics:
 
         `on_sync` cannot update this number, because it can change without a sync.
         """
-        self._metrics.invalid_services.set_function(read)
+        self._metrics.invalid_services.read = read
 
     def track_invalid_endpoints(self, read: Callable[[], int]) -> None:
         """Call `read` at each scrape to get the number of endpoints and ports that are ignored."""
-        self._metrics.invalid_endpoints.set_function(read)
+        self._metrics.invalid_endpoints.read = read
 
     def track_api(self, ages: Callable[[], Mapping[str, float]]) -> None:
         """Call `ages` at each scrape to get the seconds since the API server last sent data, by kind."""
@@ -125,24 +125,24 @@ class Metrics:
             now = self._wall()
             return {kind: now - age for kind, age in ages().items()}
 
-        self._metrics.api_contacts.times = times
+        self._metrics.api_contacts = times
 
     def track_service_connections(self, read: Callable[[], Mapping[ServicePortName, int]]) -> None:
         """Call `read` at each scrape to get the connections to each service port."""
-        self._metrics.service_connections.read = read
+        self._metrics.service_connections = read
 
     def track_localhost_node_ports(self, read: Callable[[], Mapping[Family, LocalhostNodePorts]]) -> None:
         """Call `read` at each scrape to get the state of NodePorts on loopback addresses."""
-        self._metrics.localhost_node_ports.read = read
+        self._metrics.localhost_node_ports = read
 
     def on_reflector_error(self, kind: str, reason: str) -> None:
         """Count a failure to receive objects of a kind from the API server."""
-        self._metrics.reflector_errors.labels(kind, reason).inc()
+        self._metrics.reflector_errors.add(1, kind, reason)
 
     def conntrack_reconciled(self, family: Family, seconds: float, deleted: int) -> None:
         """Record the duration of a conntrack cleanup and the number of deleted entries."""
-        self._metrics.conntrack.labels(family.value).observe(seconds)
-        self._metrics.conntrack_deleted.labels(family.value).inc(deleted)
+        self._metrics.conntrack.observe(seconds, family.value)
+        self._metrics.conntrack_deleted.add(deleted, family.value)
 
     def on_request(self, method: str, host: str, code: str, seconds: float) -> None:
         """Count a request to the API server.
@@ -150,8 +150,8 @@ class Metrics:
         `code` is the HTTP status, or `<error>` if the server did not respond. `seconds` is the time from the request
         until the response or the failure.
         """
-        self._metrics.requests.labels(code, host, method).inc()
-        self._metrics.request_duration.labels(host, method).observe(seconds)
+        self._metrics.requests.add(1, code, host, method)
+        self._metrics.request_duration.observe(seconds, host, method)
 
     def _failed(self, family: Family, *, full: bool) -> None:
         """Count a failed sync.
@@ -159,10 +159,10 @@ class Metrics:
         A failure leaves the state of the kernel unknown. The next sync of the IP family is therefore a full sync.
         """
         self._unsynced.add(family)
-        self._metrics.failures.labels(family.value).inc()
-        self._metrics.rejected.labels(family.value).inc()
+        self._metrics.failures.add(1, family.value)
+        self._metrics.rejected.add(1, family.value)
         if self._iptables and not full:
-            self._metrics.partly_rejected.labels(family.value).inc()
+            self._metrics.partly_rejected.add(1, family.value)
 
     def _add_pending(self, pending: dict[Family, int], number: int) -> None:
         for family in pending:
@@ -174,17 +174,17 @@ class Metrics:
 
     def _set_times(self, name: str, last_changes: Sequence[float]) -> None:
         now = self._wall()
-        self._metrics.last_synced.labels(name).set(now)
+        self._metrics.last_synced.set(now, name)
         for moment in last_changes:
             if moment > self._since:
-                self._metrics.programming.labels(name).observe(max(0.0, now - moment))
+                self._metrics.programming.observe(max(0.0, now - moment), name)
 
     def _set_rules(self, name: str, applied: ApplyResult) -> None:
         if not self._iptables:
             return
         for table in TABLES:
-            self._metrics.rules_written.labels(name, table).set(applied.written_rules.get(table, 0))
-            self._metrics.rules.labels(name, table).set(applied.total_rules.get(table, 0))
+            self._metrics.rules_written.set(applied.written_rules.get(table, 0), name, table)
+            self._metrics.rules.set(applied.total_rules.get(table, 0), name, table)
 
 
 class MissingLocalEndpoints:

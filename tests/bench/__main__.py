@@ -6,6 +6,7 @@ Absolute times depend on the machine; compare machines by the ratios. Everything
 from __future__ import annotations
 
 import argparse
+import compileall
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
+import kproxy
 from kproxy.host.commands import CommandError
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.types import Family
@@ -52,6 +54,8 @@ def run_task(task: Task, endpoints: int, folder: Path) -> Run:
 def run_all(size: str, tasks: Sequence[Task], endpoints: int, console: Console) -> Results:
     """Run all tasks and print the progress."""
     facts = machine()
+    # As in an installed kproxy. With PYTHONDONTWRITEBYTECODE, every daemon would compile a changed checkout again.
+    compileall.compile_dir(Path(kproxy.__file__).parent, quiet=1)
     start = time.monotonic()
     date = datetime.now(UTC).isoformat(timespec="seconds")
     runs = []

@@ -56,11 +56,8 @@ def labels() -> dict[str, set[str]]:
     """Return the labels of each metric that has labels."""
     by_name = {}
     for mode in ("iptables", "nftables"):
-        for item in vars(MetricDefinitions(mode, tuple(Family), counters())).values():
-            for each in item.values() if isinstance(item, dict) else [item]:
-                if hasattr(each, "_labelnames"):
-                    name = f"{each._name}_total" if each._type == "counter" else each._name
-                    by_name[name] = set(each._labelnames)
+        for metric in MetricDefinitions(mode, tuple(Family), counters()).recorded:
+            by_name[metric.name] = set(metric.labels)
     return by_name
 
 

@@ -35,7 +35,7 @@ from kproxy.model.types import EndpointSlice, Family, Node, Service, ServiceCIDR
 from kproxy.nftables.base_table import SETS
 from kproxy.nftables.decode import TableReader
 from kproxy.serve.http import RequestError, pop_request
-from kproxy.serve.metric_definitions import ip_traffic
+from kproxy.serve.metrics_page import ip_traffic
 
 CORPUS = Path(__file__).parent / "corpus"
 KINDS: tuple[Kind, ...] = (Service, EndpointSlice, Node, ServiceCIDR)

@@ -651,9 +651,9 @@ class World:
             reports = [report for report in process.reports if report.family is family]
             failures = sum(report.result is None for report in reports)
             pairs = {
-                "failures": (metrics.failures.labels(family.value)._value.get(), failures),
-                "quarantined": (metrics.quarantined.labels(family.value)._value.get(), 0),
-                "pending Services": (metrics.services_pending._value.get(), 0),
+                "failures": (metrics.failures.values()[family.value,], failures),
+                "quarantined": (metrics.quarantined.values()[family.value,], 0),
+                "pending Services": (metrics.services_pending.values()[()], 0),
             }
             for name, (value, expected) in pairs.items():
                 if value != expected:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from kproxy.kube.client.client import ApiClient
-from kproxy.kube.client.cluster_access import ClientError, ClusterAccess, StaticAccess, find_static_config
+from kproxy.kube.client.cluster_access import ClientError, ClusterAccess, StaticAccess, StaticConfig, find_static_config
 from kproxy.kube.client.plugin_access import PluginAccess
 from kproxy.kube.client.response import TransportError
 from kproxy.model.delta import BASIC_KINDS
@@ -301,6 +301,19 @@ IMPERSONATIONS: list[dict[str, Any]] = [
 def test_impersonation_is_rejected(tmp_path: Path, impersonation: dict[str, Any]) -> None:
     path = kubeconfig(tmp_path / "config", UNREACHABLE, {"token": "secret"} | impersonation)
     assert client_error(path) == f"{path}: user: {next(iter(impersonation))}: impersonation is not supported"
+
+
+# Certificate authorities of the system
+
+
+@pytest.mark.parametrize(("scheme", "expected"), [("https", 1), ("HTTPS", 1), ("http", 0), ("HTTP", 0)])
+def test_certificate_authorities_of_the_system_are_loaded_only_for_https(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, expected: int
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.crt"))
+    monkeypatch.setenv("SSL_CERT_DIR", "/nonexistent")
+    pool = StaticAccess(StaticConfig("test", f"{scheme}://kube.example:6443")).pool
+    assert pool.connection_pool_kw["ssl_context"].cert_store_stats()["x509_ca"] == expected
 
 
 # Proxies

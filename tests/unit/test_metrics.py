@@ -17,8 +17,9 @@ from kproxy.model.store import StoreChange
 from kproxy.model.sync_report import ApplyResult
 from kproxy.model.types import EndpointSlice, Family, Node, Service
 from kproxy.serve.http import HttpRequest
-from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED, ip_traffic
+from kproxy.serve.metric_definitions import INVALID_DROPPED, LOCALHOST_ACCEPTED
 from kproxy.serve.metrics import Metrics, MissingLocalEndpoints
+from kproxy.serve.metrics_page import ip_traffic
 from tests.recordings import GOLDEN, store
 from tests.reports import PlansByService, failed, succeeded
 

@@ -371,8 +371,8 @@ def _tls_context(config: StaticConfig) -> ssl.SSLContext:
     if config.insecure:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    elif config.authority is None:
-        context.load_default_certs()
+    elif config.authority is None and not config.server.lower().startswith("http://"):
+        context.load_default_certs()  # 2 MB of memory, so not for plain HTTP; redirects are not followed
     if config.authority is not None:
         try:
             context.load_verify_locations(cadata=config.authority.content.decode("ascii", errors="ignore"))
