@@ -22,34 +22,35 @@ from kproxy.model.types import Family
 from tests.bench.baselines import measure_baselines
 from tests.bench.catalog import figures, with_memory_baselines
 from tests.bench.chart import chart
-from tests.bench.cluster import Cluster
+from tests.bench.cluster import MAX_ENDPOINTS, Cluster
 from tests.bench.figures import FORMAT, Results, Run, compare
 from tests.bench.machine import machine
 from tests.bench.measurements import measure_daemon
 from tests.bench.report import show, show_comparison
 from tests.bench.sizes import MODES, SIZES, Task
-from tests.bench.testbed import SERVER_ADDRESSES, Testbed
+from tests.bench.testbed import MAX_SERVICE_ENDPOINTS, Testbed, server_addresses
+from tests.bench.throughput import missing as missing_iperf
 from tests.lab.requirements import missing_commands, missing_privilege
 
 MIN_SERVICES = 20
 """Smaller clusters have too few Services for the measured changes."""
 
 
-def run_task(task: Task, endpoints: int, folder: Path) -> Run:
+def run_task(task: Task, folder: Path) -> Run:
     """Measure the daemon for one mode and cluster size, then the baselines.
 
     Raises `RuntimeError` if the baselines did not create the same kernel objects as the daemon.
     """
-    cluster = Cluster(task.services, endpoints, SERVER_ADDRESSES)
+    cluster = Cluster(task.services, task.endpoints, server_addresses(task.endpoints))
     with Testbed(task.mode, cluster, folder) as testbed:
         daemon = measure_daemon(testbed, task.repetitions)
     samples, kernel = measure_baselines(task.mode, cluster, task.repetitions, rolling_syncs=daemon.rolling_syncs)
     if kernel != daemon.kernel:
         raise RuntimeError(f"the baseline created {kernel}, but the daemon created {daemon.kernel}")
-    return Run(task.mode, task.services, endpoints, figures(daemon.samples, samples | daemon.direct))
+    return Run(task.mode, task.services, task.endpoints, figures(daemon.samples, samples | daemon.direct))
 
 
-def run_all(size: str, tasks: Sequence[Task], endpoints: int, console: Console) -> Results:
+def run_all(size: str, tasks: Sequence[Task], console: Console) -> Results:
     """Run all tasks and print the progress."""
     facts = machine()
     start = time.monotonic()
@@ -58,8 +59,8 @@ def run_all(size: str, tasks: Sequence[Task], endpoints: int, console: Console) 
     with tempfile.TemporaryDirectory(prefix="kproxy-bench-") as folder:
         for number, task in enumerate(tasks, 1):
             progress = f"{number}/{len(tasks)}: {task.mode} mode"
-            console.print(f"{progress}, {task.services:,} Services with {endpoints} endpoints each")
-            runs.append(run_task(task, endpoints, Path(folder)))
+            console.print(f"{progress}, {task.services:,} Services with {task.endpoints} endpoints each")
+            runs.append(run_task(task, Path(folder)))
     return Results(FORMAT, date, size, round(time.monotonic() - start, 1), facts, with_memory_baselines(runs))
 
 
@@ -76,7 +77,7 @@ def read(path: str) -> Results:
 
 def cannot_run() -> str:
     """Return the reason why the benchmark cannot run on this machine, or ""."""
-    if problem := missing_commands() or missing_privilege():
+    if problem := missing_commands() or missing_iperf() or missing_privilege():
         return problem
     try:
         version = IptablesRunner(Family.IPV4).version()
@@ -99,7 +100,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--services", type=int, nargs="+", default=[], help="numbers of Services to measure instead of those of --size"
     )
-    parser.add_argument("--endpoints", type=int, default=10, help="number of endpoints of each Service (default: 10)")
+    parser.add_argument(
+        "--endpoints", type=int, default=0, help="number of endpoints of each Service (default: that of --size)"
+    )
     parser.add_argument(
         "--json", default="build/bench.json", help="output file for the results (default: build/bench.json)"
     )
@@ -114,8 +117,11 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--modes: unknown mode {', '.join(sorted(unknown))}: choose from {', '.join(MODES)}")
     if too_small := [count for count in options.services if count < MIN_SERVICES]:
         parser.error(f"--services: {too_small[0]}: must be at least {MIN_SERVICES} (1 is always measured)")
-    if not 1 <= options.endpoints <= len(SERVER_ADDRESSES):
-        parser.error(f"--endpoints: {options.endpoints}: must be between 1 and {len(SERVER_ADDRESSES)}")
+    if options.endpoints and not 1 <= options.endpoints <= MAX_SERVICE_ENDPOINTS:
+        parser.error(f"--endpoints: {options.endpoints}: must be between 1 and {MAX_SERVICE_ENDPOINTS}")
+    options.tasks = list(SIZES[options.size].tasks(options.modes, options.services, options.endpoints))
+    if too_large := [each for each in options.tasks if each.services * each.endpoints > MAX_ENDPOINTS]:
+        parser.error(f"{too_large[0].services} Services: must have at most {MAX_ENDPOINTS} endpoints in total")
     return options
 
 
@@ -134,8 +140,7 @@ def main() -> None:
     else:
         if problem := cannot_run():
             sys.exit(problem)
-        tasks = list(SIZES[options.size].tasks(options.modes, options.services))
-        results = run_all(options.size, tasks, options.endpoints, console)
+        results = run_all(options.size, options.tasks, console)
         write(options.json, msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
     show(results, console)
     write(options.chart, chart(results).encode())

@@ -20,6 +20,7 @@ SHOWN = (
     "event, protobuf: CPU",
     "RSS at peak",
     "connect to a VIP: median",
+    "throughput to a VIP",
 )
 
 COLUMNS = 2
