@@ -9,17 +9,20 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 from rich.console import Console
 
 from kproxy.host.commands import CommandError
 from kproxy.iptables.runner import IptablesRunner
 from kproxy.model.types import Family
 from tests.bench.baselines import measure_baselines
+from tests.bench.beside import PATIENCE, PLACEHOLDERS, Proxy, measure_beside, other_proxy
 from tests.bench.catalog import figures, with_memory_baselines
 from tests.bench.chart import chart
 from tests.bench.cluster import MAX_ENDPOINTS, Cluster
@@ -50,8 +53,16 @@ def run_task(task: Task, folder: Path) -> Run:
     return Run(task.mode, task.services, task.endpoints, figures(daemon.samples, samples | daemon.direct))
 
 
-def run_all(size: str, tasks: Sequence[Task], console: Console) -> Results:
-    """Run all tasks and print the progress."""
+def run_beside(task: Task, other: Proxy, patience: float, folder: Path) -> Run:
+    """Measure kproxy and another proxy side by side for one mode and cluster size."""
+    cluster = Cluster(task.services, task.endpoints, server_addresses(task.endpoints))
+    with Testbed(task.mode, cluster, folder) as testbed:
+        measured = measure_beside(testbed, other, task.repetitions, patience)
+    return Run(task.mode, task.services, task.endpoints, measured)
+
+
+def run_all(size: str, tasks: Sequence[Task], run: Callable[[Task, Path], Run], console: Console) -> Results:
+    """Run all tasks with `run` and print the progress."""
     facts = machine()
     start = time.monotonic()
     date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -60,8 +71,21 @@ def run_all(size: str, tasks: Sequence[Task], console: Console) -> Results:
         for number, task in enumerate(tasks, 1):
             progress = f"{number}/{len(tasks)}: {task.mode} mode"
             console.print(f"{progress}, {task.services:,} Services with {task.endpoints} endpoints each")
-            runs.append(run_task(task, Path(folder)))
-    return Results(FORMAT, date, size, round(time.monotonic() - start, 1), facts, with_memory_baselines(runs))
+            runs.append(run(task, Path(folder)))
+    return Results(FORMAT, date, size, round(time.monotonic() - start, 1), facts, runs)
+
+
+def measure(options: argparse.Namespace, console: Console) -> Results:
+    """Run the benchmark that the options select. Exits with a message if a proxy fails."""
+    other: Proxy | None = options.other
+    if other is None:
+        results = run_all(options.size, options.tasks, run_task, console)
+        return replace(results, runs=with_memory_baselines(results.runs))
+    try:
+        beside = partial(run_beside, other=other, patience=options.patience)
+        return run_all(options.size, options.tasks, lambda task, folder: beside(task, folder=folder), console)
+    except (RuntimeError, TimeoutError) as error:
+        sys.exit(f"--beside: {error}")
 
 
 def read(path: str) -> Results:
@@ -109,6 +133,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--chart", default="build/bench.svg", help="output file for the chart (default: build/bench.svg)"
     )
+    parser.add_argument(
+        "--beside",
+        metavar="COMMAND",
+        help="measure another service proxy too, in turn with kproxy, and compare the two. The command may contain "
+        + ", ".join(f"{{{name}}}" for name in PLACEHOLDERS),
+    )
+    parser.add_argument(
+        "--patience",
+        metavar="SECONDS",
+        type=float,
+        default=PATIENCE,
+        help="with --beside: idle time without the expected commits that counts as an error (default: 60)",
+    )
     parser.add_argument("--read", metavar="FILE", help="show earlier results instead of measuring")
     parser.add_argument("--compare", metavar="FILE", help="compare with earlier results")
     options = parser.parse_args()
@@ -119,6 +156,10 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--services: {too_small[0]}: must be at least {MIN_SERVICES} (1 is always measured)")
     if options.endpoints and not 1 <= options.endpoints <= MAX_SERVICE_ENDPOINTS:
         parser.error(f"--endpoints: {options.endpoints}: must be between 1 and {MAX_SERVICE_ENDPOINTS}")
+    try:
+        options.other = other_proxy(options.beside) if options.beside is not None else None
+    except ValueError as error:
+        parser.error(f"--beside: {error}")
     options.tasks = list(SIZES[options.size].tasks(options.modes, options.services, options.endpoints))
     if too_large := [each for each in options.tasks if each.services * each.endpoints > MAX_ENDPOINTS]:
         parser.error(f"{too_large[0].services} Services: must have at most {MAX_ENDPOINTS} endpoints in total")
@@ -140,7 +181,7 @@ def main() -> None:
     else:
         if problem := cannot_run():
             sys.exit(problem)
-        results = run_all(options.size, options.tasks, console)
+        results = measure(options, console)
         write(options.json, msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
     show(results, console)
     write(options.chart, chart(results).encode())

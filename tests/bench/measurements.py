@@ -135,16 +135,17 @@ def _add_rounds(samples: dict[str, list[float]], rounds: list[Round]) -> None:
 
 
 def _changes(testbed: Testbed, daemon: MeasuredDaemon, repetitions: Repetitions, result: Measurements) -> None:
-    _endpoints(testbed, daemon, repetitions.endpoint_changes, result)
-    _services(testbed, daemon, repetitions.service_changes, result)
+    change_endpoints(testbed, daemon, repetitions.endpoint_changes, result)
+    change_services(testbed, daemon, repetitions.service_changes, result)
     for _ in range(repetitions.rolling_updates):
         _rolling_update(testbed, daemon, repetitions.rolling_endpoints, result)
     for _ in range(repetitions.bursts):
-        _burst(testbed, daemon, repetitions.burst_changes, result)
+        change_many(testbed, daemon, repetitions.burst_changes, result)
     _annotation_events(testbed, daemon, repetitions, result)
 
 
-def _endpoints(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+def change_endpoints(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+    """Change one endpoint of a Service, `count` times, and change it back."""
     numbers = unconnected_services(testbed.cluster)
     for turn in range(count):
         number = numbers[turn * len(numbers) // count]
@@ -154,7 +155,7 @@ def _endpoints(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Mea
             result.samples["one endpoint: CPU"].append(effect.cpu)
 
 
-def _services(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+def change_services(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
     """Create and delete Services. Their EndpointSlices exist throughout, so each change is one event and one sync."""
     numbers = range(testbed.cluster.services, testbed.cluster.services + count)
     slices = [each for number in numbers for each in testbed.cluster.endpoint_slices(number)]
@@ -186,7 +187,8 @@ def _rolling_update(testbed: Testbed, daemon: MeasuredDaemon, endpoints: int, re
     testbed.change(daemon, delete=initial)
 
 
-def _burst(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+def change_many(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+    """Change one endpoint of `count` Services at once, and change them back."""
     for variants in (True, False):
         effect = testbed.change(daemon, put=changed_slices(testbed.cluster, count, variants=variants))
         result.samples["burst"].append(effect.seconds)

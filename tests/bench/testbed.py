@@ -14,7 +14,7 @@ from tests.bench.api_server import BenchApiServer
 from tests.bench.cluster import PORT, TARGET_PORT, Cluster, Object, cluster_ip
 from tests.bench.commit_monitor import Commit, CommitMonitor
 from tests.bench.connections import Server
-from tests.bench.daemon import POLL_INTERVAL, SYNC_PERIOD, MeasuredDaemon
+from tests.bench.daemon import POLL_INTERVAL, SYNC_PERIOD, MeasuredDaemon, kproxy_command
 from tests.bench.kernel_objects import flush
 from tests.bench.watchlog import WatchTraffic
 from tests.lab.topology import Lab
@@ -53,7 +53,7 @@ class Testbed:
 
     def __init__(self, mode: str, cluster: Cluster, folder: Path) -> None:
         self.mode, self.cluster = mode, cluster
-        self._log = folder / "kproxy.log"
+        self.folder = folder
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -77,7 +77,8 @@ class Testbed:
 
     def daemon(self) -> MeasuredDaemon:
         """Return a daemon that has not been started."""
-        return MeasuredDaemon(self.node, self.monitor, self.mode, self.api_server.url, self._log)
+        command = kproxy_command(self.mode, self.api_server.url)
+        return MeasuredDaemon(self.node, self.monitor, command, self.folder / "kproxy.log")
 
     @property
     def vips(self) -> list[tuple[str, int]]:
