@@ -20,7 +20,10 @@ from rich.console import Console
 
 from kproxy.host.commands import CommandError
 from kproxy.iptables.runner import IptablesRunner
+from kproxy.kube.client.cluster_access import ClientError
+from kproxy.kube.client.response import TransportError
 from kproxy.model.types import Family
+from tests.bench.api_server import BenchApiServer
 from tests.bench.baselines import measure_baselines
 from tests.bench.beside import PATIENCE, PLACEHOLDERS, Proxy, measure_beside, other_proxy
 from tests.bench.catalog import figures, with_memory_baselines
@@ -29,6 +32,7 @@ from tests.bench.cluster import MAX_ENDPOINTS, Cluster
 from tests.bench.figures import FORMAT, Results, Run, compare
 from tests.bench.machine import machine
 from tests.bench.measurements import measure_daemon
+from tests.bench.real_api_server import RealApiServer
 from tests.bench.report import show, show_comparison
 from tests.bench.sizes import MODES, SIZES, Task
 from tests.bench.testbed import MAX_SERVICE_ENDPOINTS, Testbed, server_addresses
@@ -53,11 +57,16 @@ def run_task(task: Task, folder: Path) -> Run:
     return Run(task.mode, task.services, task.endpoints, figures(daemon.samples, samples | daemon.direct))
 
 
-def run_beside(task: Task, other: Proxy, patience: float, folder: Path) -> Run:
-    """Measure kproxy and another proxy side by side for one mode and cluster size."""
+def run_beside(task: Task, folder: Path, *, other: Proxy | None, kubeconfig: str | None, patience: float) -> Run:
+    """Measure kproxy, beside another proxy if given, for one mode and cluster size.
+
+    With a kubeconfig, the API server is a real one. Its objects cannot change all at once, so there are no bursts.
+    """
     cluster = Cluster(task.services, task.endpoints, server_addresses(task.endpoints))
-    with Testbed(task.mode, cluster, folder) as testbed:
-        measured = measure_beside(testbed, other, task.repetitions, patience)
+    repetitions = replace(task.repetitions, bursts=0) if kubeconfig else task.repetitions
+    api_server = partial(RealApiServer, kubeconfig) if kubeconfig else BenchApiServer
+    with Testbed(task.mode, cluster, folder, api_server) as testbed:
+        measured = measure_beside(testbed, other, repetitions, patience)
     return Run(task.mode, task.services, task.endpoints, measured)
 
 
@@ -77,15 +86,14 @@ def run_all(size: str, tasks: Sequence[Task], run: Callable[[Task, Path], Run], 
 
 def measure(options: argparse.Namespace, console: Console) -> Results:
     """Run the benchmark that the options select. Exits with a message if a proxy fails."""
-    other: Proxy | None = options.other
-    if other is None:
+    if options.other is None and not options.kubeconfig:
         results = run_all(options.size, options.tasks, run_task, console)
         return replace(results, runs=with_memory_baselines(results.runs))
+    run = partial(run_beside, other=options.other, kubeconfig=options.kubeconfig, patience=options.patience)
     try:
-        beside = partial(run_beside, other=other, patience=options.patience)
-        return run_all(options.size, options.tasks, lambda task, folder: beside(task, folder=folder), console)
-    except (RuntimeError, TimeoutError) as error:
-        sys.exit(f"--beside: {error}")
+        return run_all(options.size, options.tasks, run, console)
+    except (RuntimeError, TimeoutError, ClientError, TransportError) as error:
+        sys.exit(f"{'--beside' if options.other else '--kubeconfig'}: {error}")
 
 
 def read(path: str) -> Results:
@@ -140,11 +148,17 @@ def arguments() -> argparse.Namespace:
         + ", ".join(f"{{{name}}}" for name in PLACEHOLDERS),
     )
     parser.add_argument(
+        "--kubeconfig",
+        metavar="FILE",
+        help="use the API server of this kubeconfig: creates a Namespace with Services and EndpointSlices and a Node "
+        "there, and deletes them at the end. For test clusters only",
+    )
+    parser.add_argument(
         "--patience",
         metavar="SECONDS",
         type=float,
         default=PATIENCE,
-        help="with --beside: idle time without the expected commits that counts as an error (default: 60)",
+        help="with --beside or --kubeconfig: idle seconds without the expected commits that are an error (default: 60)",
     )
     parser.add_argument("--read", metavar="FILE", help="show earlier results instead of measuring")
     parser.add_argument("--compare", metavar="FILE", help="compare with earlier results")

@@ -27,7 +27,6 @@ from tests.bench.sizes import Repetitions
 from tests.bench.testbed import Testbed
 from tests.bench.usage import cpu_seconds, descendants, memory_megabytes, own_cpu_seconds
 from tests.lab.proxy import KPROXY
-from tests.lab.topology import NODE
 
 PLACEHOLDERS = ("master", "kubeconfig", "config", "hostname", "cluster_cidr", "mode")
 PATIENCE = 60.0
@@ -68,28 +67,19 @@ def filled(command: Sequence[str], values: Mapping[str, str]) -> list[str]:
     return [_PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), word) for word in command]
 
 
-def write_settings(folder: Path, mode: str, url: str) -> dict[str, str]:
+def write_settings(testbed: Testbed) -> dict[str, str]:
     """Write a kubeconfig and a kube-proxy configuration file; return the values of all placeholders."""
-    kubeconfig, config = folder / "kubeconfig", folder / f"config-{mode}.yaml"
-    kubeconfig.write_bytes(
-        msgspec.json.encode(
-            {
-                "apiVersion": "v1",
-                "kind": "Config",
-                "clusters": [{"name": "bench", "cluster": {"server": url}}],
-                "users": [{"name": "bench", "user": {}}],
-                "contexts": [{"name": "bench", "context": {"cluster": "bench", "user": "bench"}}],
-                "current-context": "bench",
-            }
-        )
-    )
-    config.write_bytes(  # JSON is YAML
+    server, mode = testbed.api_server, testbed.mode
+    kubeconfig, config = testbed.folder / "kubeconfig", testbed.folder / f"config-{mode}.yaml"
+    kubeconfig.touch(0o600)
+    kubeconfig.write_bytes(msgspec.json.encode(server.kubeconfig()))  # JSON is YAML
+    config.write_bytes(
         msgspec.json.encode(
             {
                 "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
                 "kind": "KubeProxyConfiguration",
                 "mode": mode,
-                "hostnameOverride": NODE,
+                "hostnameOverride": server.node_name,
                 "clusterCIDR": CLUSTER_CIDR,
                 "clientConnection": {"kubeconfig": str(kubeconfig)},
                 "conntrack": {"maxPerCore": 0, "min": 0},  # these limits are not per network namespace
@@ -97,10 +87,10 @@ def write_settings(folder: Path, mode: str, url: str) -> dict[str, str]:
         )
     )
     return {
-        "master": url,
+        "master": server.url,
         "kubeconfig": str(kubeconfig),
         "config": str(config),
-        "hostname": NODE,
+        "hostname": server.node_name,
         "cluster_cidr": CLUSTER_CIDR,
         "mode": mode,
     }
@@ -179,18 +169,21 @@ def _connects(testbed: Testbed, target: tuple[str, int]) -> bool:
     return True
 
 
-def measure_beside(testbed: Testbed, other: Proxy, repetitions: Repetitions, patience: float) -> list[Figure]:
+def measure_beside(
+    testbed: Testbed, other: Proxy | None, repetitions: Repetitions, patience: float = PATIENCE
+) -> list[Figure]:
     """Measure kproxy and another proxy in turn, on the same node. The other's figures are the baselines of kproxy's.
 
-    Each of the `first_syncs` rounds starts each proxy on a node without rules and repeats all changes.
+    Each of the `first_syncs` rounds starts each proxy on a node without rules and repeats all changes. Without `other`,
+    only kproxy is measured, and its figures have no baselines.
     """
-    values = write_settings(testbed.folder, testbed.mode, testbed.api_server.url)
-    results = [Measurements(defaultdict(list), defaultdict(list)) for _ in (other, OURS)]
+    values = write_settings(testbed)
+    proxies = (OURS,) if other is None else (other, OURS)  # the other one first: an unusable command fails at once
+    results = [Measurements(defaultdict(list), defaultdict(list)) for _ in proxies]
     for _ in range(repetitions.first_syncs):
-        for proxy, result in zip((other, OURS), results, strict=True):  # an unusable command fails at once
+        for proxy, result in zip(proxies, results, strict=True):
             testbed.flush_rules()
-            log = testbed.folder / "proxy.log"
-            command = filled(proxy.command, values)
+            log, command = testbed.folder / "proxy.log", filled(proxy.command, values)
             try:
                 with IsolatedProxy(
                     testbed.node, testbed.monitor, command, log, name=proxy.name, patience=patience
@@ -198,8 +191,10 @@ def measure_beside(testbed: Testbed, other: Proxy, repetitions: Repetitions, pat
                     _measure(testbed, daemon, repetitions, result)
             finally:
                 testbed.flush_rules()
-    theirs, ours = (figures(result.samples, {}) for result in results)
-    measured = {figure.name: figure.measured for figure in theirs}
+    *theirs, ours = (figures(result.samples, {}) for result in results)
+    if other is None:
+        return ours
+    measured = {figure.name: figure.measured for figure in theirs[0]}
     return [replace(each, baseline=measured.get(each.name), baseline_is=other.name) for each in ours]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from tests.bench import cluster as objects
+from tests.bench.api_server import BenchApiServer
 from tests.bench.cluster import TARGET_PORT, Cluster
 from tests.bench.connections import Round, measure
 from tests.bench.daemon import MeasuredDaemon
@@ -77,6 +78,7 @@ def measure_daemon(testbed: Testbed, repetitions: Repetitions) -> Measurements:
         with testbed.daemon() as daemon:
             testbed.wait_for_start(daemon, commits=0)
             result.samples["restart: CPU"].append(daemon.cpu)
+        assert isinstance(testbed.api_server, BenchApiServer)
         testbed.api_server.set_encoding("JSON")
         with testbed.daemon() as daemon:
             testbed.wait_for_start(daemon, commits=0)

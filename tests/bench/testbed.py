@@ -11,12 +11,14 @@ from typing import Self
 from msgspec import Struct
 
 from tests.bench.api_server import BenchApiServer
-from tests.bench.cluster import PORT, TARGET_PORT, Cluster, Object, cluster_ip
+from tests.bench.cluster import PORT, TARGET_PORT, Cluster, Object
 from tests.bench.commit_monitor import Commit, CommitMonitor
 from tests.bench.connections import Server
 from tests.bench.daemon import POLL_INTERVAL, SYNC_PERIOD, MeasuredDaemon, kproxy_command
 from tests.bench.kernel_objects import flush
+from tests.bench.real_api_server import RealApiServer
 from tests.bench.watchlog import WatchTraffic
+from tests.lab.namespace import Namespace
 from tests.lab.topology import Lab
 
 MAX_SERVICE_ENDPOINTS = 1000
@@ -51,8 +53,16 @@ class Effect(Struct, frozen=True):
 class Testbed:
     """Everything except the daemon. Use it as a context manager."""
 
-    def __init__(self, mode: str, cluster: Cluster, folder: Path) -> None:
+    def __init__(
+        self,
+        mode: str,
+        cluster: Cluster,
+        folder: Path,
+        api_server: Callable[[Namespace], BenchApiServer | RealApiServer] = BenchApiServer,
+    ) -> None:
+        """`api_server` creates the API server, given the network namespace of the node."""
         self.mode, self.cluster = mode, cluster
+        self._new_api_server = api_server
         self.folder = folder
         self._stack = ExitStack()
 
@@ -66,7 +76,8 @@ class Testbed:
             self._accepting = stack.enter_context(ExitStack())
             self._accepting.enter_context(Server(self.server, TARGET_PORT))
             self.monitor = stack.enter_context(CommitMonitor(self.node))
-            self.api_server = stack.enter_context(BenchApiServer(self.node))
+            self.api_server = self._new_api_server(self.node)
+            stack.enter_context(self.api_server)
             self.api_server.load(self.cluster)
             self.api_server.drain_traffic()
             self._stack = stack.pop_all()
@@ -83,7 +94,7 @@ class Testbed:
     @property
     def vips(self) -> list[tuple[str, int]]:
         """The frontends that the client connects to."""
-        return [(cluster_ip(number), PORT) for number in self.cluster.connected]
+        return [(self.api_server.cluster_ip(number), PORT) for number in self.cluster.connected]
 
     @contextmanager
     def without_server(self) -> Iterator[None]:
