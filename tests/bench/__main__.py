@@ -27,7 +27,7 @@ from tests.bench.api_server import BenchApiServer
 from tests.bench.baselines import measure_baselines
 from tests.bench.beside import PATIENCE, PLACEHOLDERS, Proxy, measure_beside, other_proxy
 from tests.bench.catalog import figures, with_memory_baselines
-from tests.bench.chart import chart
+from tests.bench.chart import SHOWN, SUMMARY, chart
 from tests.bench.cluster import MAX_ENDPOINTS, Cluster
 from tests.bench.figures import FORMAT, Results, Run, compare
 from tests.bench.machine import machine
@@ -160,6 +160,7 @@ def arguments() -> argparse.Namespace:
         default=PATIENCE,
         help="with --beside or --kubeconfig: idle seconds without the expected commits that are an error (default: 60)",
     )
+    parser.add_argument("--summary", action="store_true", help="draw only the figures of the chart in the README")
     parser.add_argument("--read", metavar="FILE", help="show earlier results instead of measuring")
     parser.add_argument("--compare", metavar="FILE", help="compare with earlier results")
     options = parser.parse_args()
@@ -198,7 +199,7 @@ def main() -> None:
         results = measure(options, console)
         write(options.json, msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
     show(results, console)
-    write(options.chart, chart(results).encode())
+    write(options.chart, chart(results, SUMMARY if options.summary else SHOWN).encode())
     if old:
         show_comparison(compare(old, results), console)
     console.print(f"{options.read or options.json}, {options.chart}; the measurement took {results.seconds:.0f} s")

@@ -43,6 +43,7 @@ OTHER_PROGRAMS_FLAGS = {
     "--services": "python -m tests.bench",
     "--beside": "python -m tests.bench",
     "--patience": "python -m tests.bench",
+    "--summary": "python -m tests.bench",
     "--read": "python -m tests.bench",
     "--to-destination": "iptables",
 }
