@@ -39,6 +39,9 @@ from tests.bench.testbed import MAX_SERVICE_ENDPOINTS, Testbed, server_addresses
 from tests.bench.throughput import missing as missing_iperf
 from tests.lab.requirements import missing_commands, missing_privilege
 
+PLAIN_WIDTH = 100
+"""Columns of the output if it does not go to a terminal."""
+
 MIN_SERVICES = 20
 """Smaller clusters have too few Services for the measured changes."""
 
@@ -189,7 +192,7 @@ def write(path: str, content: bytes) -> None:
 
 def main() -> None:
     """Run the benchmark, or show earlier results."""
-    options, console = arguments(), Console()
+    options, console = arguments(), Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     old = read(options.compare) if options.compare else None
     if options.read:
         results = read(options.read)
