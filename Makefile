@@ -20,12 +20,15 @@ KERNELS ?= bookworm trixie sid
 DURATION ?= 60
 SEED ?=
 
-# make bench: small, medium or large; proxy modes; output files; earlier results to compare with.
+# make bench: small, medium, large or huge; proxy modes; output files; earlier results to compare with; command of
+# another service proxy; number of endpoints of each Service.
 SIZE ?= medium
 MODES ?= iptables,nftables
 JSON ?= build/bench.json
 CHART ?= build/bench.svg
 COMPARE ?=
+BESIDE ?=
+ENDPOINTS ?=
 
 # make soak: duration in seconds; proxy mode, iptables, nftables or both; seed of a run to repeat.
 SECONDS ?= 600
@@ -51,7 +54,7 @@ MODE ?=
 NODE_IMAGE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo recording test fuzz soak repair-times fresh kernels check audit bench \
+.PHONY: help setup packages demo recording test fuzz soak repair-times fresh kernels check audit bench api-cost \
     image-pins image image-base image-test kind-up kind-test kind-down clean
 
 help: ## list these targets
@@ -103,7 +106,11 @@ audit: ## look up all pinned dependencies in the database of known vulnerabiliti
 	build/audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
 bench: setup ## run the benchmark; SIZE=small takes 3 minutes
-	@$(RUN) -m tests.bench --size=$(SIZE) --modes=$(MODES) --json=$(JSON) --chart=$(CHART) $(if $(COMPARE),--compare=$(COMPARE))
+	@$(RUN) -m tests.bench --size=$(SIZE) --modes=$(MODES) --json=$(JSON) --chart=$(CHART) $(if $(COMPARE),--compare=$(COMPARE)) \
+	    $(if $(ENDPOINTS),--endpoints=$(ENDPOINTS)) $(if $(BESIDE),--beside='$(BESIDE)')
+
+api-cost: setup ## measure and compute what kproxy costs the API servers of a cluster with 5,000 nodes
+	@$(RUN) -m tests.api_cost
 
 soak: setup ## run kproxy under random changes, faults and damages for 10 minutes; needs root; SECONDS=..., MODE=..., SEED=...
 	@$(RUN) -m tests.soak --seconds=$(SECONDS) $(if $(MODE),--mode=$(MODE)) $(if $(SEED),--seed=$(SEED))

@@ -26,6 +26,7 @@ tests() {
     need conntrack program conntrack
     need ipset program ipset
     need util-linux program setpriv
+    need iperf3 program iperf3 # throughput in the benchmark
     need mount program mount
     need openssl program openssl
     need curl program curl # tests of the README's commands and of scripts for Pods

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import msgspec
 from msgspec import Struct
@@ -18,9 +18,10 @@ from tests.apiserver.resources import ENDPOINT_SLICES, NODES, SERVICES
 from tests.apiserver.selectors import Stored
 from tests.apiserver.writing import ProtobufWriter
 from tests.bench.child_process import ChildProcess
-from tests.bench.cluster import Cluster, Object
+from tests.bench.cluster import Cluster, Object, cluster_ip
 from tests.bench.watchlog import LoggedSocket, WatchLog, WatchTraffic
 from tests.lab.namespace import Namespace
+from tests.lab.topology import NODE
 
 WATCHED = (SERVICES, ENDPOINT_SLICES, NODES)
 
@@ -64,6 +65,26 @@ class BenchApiServer(ChildProcess):
         super().__enter__()
         self.url = msgspec.json.decode(self.read_line(), type=str)
         return self
+
+    @property
+    def node_name(self) -> str:
+        """The name of the Node that the proxy runs on."""
+        return NODE
+
+    def kubeconfig(self) -> dict[str, Any]:
+        """Return the content of a kubeconfig for this server."""
+        return {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "bench", "cluster": {"server": self.url}}],
+            "users": [{"name": "bench", "user": {}}],
+            "contexts": [{"name": "bench", "context": {"cluster": "bench", "user": "bench"}}],
+            "current-context": "bench",
+        }
+
+    def cluster_ip(self, number: int) -> str:
+        """Return the cluster IP of a Service."""
+        return cluster_ip(number)
 
     def load(self, cluster: Cluster) -> None:
         """Create all objects of a cluster."""

@@ -104,12 +104,12 @@ class _Baselines:
 
     def _services(self, proxy: RecordingProxy, count: int) -> None:
         for number in range(self._cluster.services, self._cluster.services + count):
-            service, its_slice = self._cluster.service(number), self._cluster.endpoint_slice(number)
-            proxy.change(put=[its_slice])
+            service, slices = self._cluster.service(number), self._cluster.endpoint_slices(number)
+            proxy.change(put=slices)
             new, deleted = proxy.change(put=[service]), proxy.change(delete=[service])
             self._sample("new Service", new)
             self._sample("deleted Service", deleted)
-            proxy.change(delete=[its_slice])
+            proxy.change(delete=slices)
 
     def _rolling_update(self, proxy: RecordingProxy, endpoints: int, syncs: int) -> None:
         initial = [objects.rolling_slice(endpoints, 0), objects.rolling_service()]

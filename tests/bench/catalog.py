@@ -90,6 +90,7 @@ CATALOG = (
     Definition("connect to a VIP: median", "us", 1e6, baseline_is=DIRECT),
     Definition("connect to a VIP: p99", "us", 1e6, baseline_is=DIRECT),
     Definition("connections to VIPs", "1/s", baseline_is=DIRECT, more_is_better=True),
+    Definition("throughput to a VIP", "Gb/s", 1e-9, baseline_is=DIRECT, more_is_better=True),
     Definition("connect past the rules", "us", 1e6, baseline_is=DIRECT),
 )
 """In the order of the table. Connections "past the rules" go directly to a pod: they traverse the rules, but no rule

@@ -20,7 +20,11 @@ SHOWN = (
     "event, protobuf: CPU",
     "RSS at peak",
     "connect to a VIP: median",
+    "throughput to a VIP",
 )
+
+SUMMARY = ("first sync", "one endpoint", "RSS at peak", "connect to a VIP: median")
+"""The panels of the small chart in the README."""
 
 COLUMNS = 2
 WIDTH, LABELS, VALUES = 520, 150, 80
@@ -39,9 +43,9 @@ class Bar(Struct, frozen=True):
     figure: Figure
 
 
-def chart(results: Results) -> str:
-    """Return the chart as SVG. Bars have a logarithmic scale, so each is labeled with its value."""
-    panels = [(name, bars) for name in SHOWN if (bars := list(_bars(results.runs, name)))]
+def chart(results: Results, shown: Sequence[str] = SHOWN) -> str:
+    """Return the chart of some figures as SVG. Bars have a logarithmic scale, so each is labeled with its value."""
+    panels = [(name, bars) for name in shown if (bars := list(_bars(results.runs, name)))]
     rows = [panels[begin : begin + COLUMNS] for begin in range(0, len(panels), COLUMNS)]
     heights = [max(_height(len(bars)) for _, bars in row) for row in rows]
     width = COLUMNS * WIDTH + MARGIN

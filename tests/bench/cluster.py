@@ -21,6 +21,12 @@ CLUSTER_CIDR = "10.128.0.0/9,fd00:10:244::/48"
 ROLLING = "rolling"
 """Name of the Service for rolling updates. It exists only during a rolling update."""
 
+MAX_SLICE_ENDPOINTS = 100
+"""Maximum number of endpoints in an EndpointSlice: the default of the EndpointSlice controller."""
+
+MAX_ENDPOINTS = 72 << 16
+"""Maximum number of endpoints of a cluster: more would use the addresses of rolling updates."""
+
 _CONNECTED = 5
 _CREATED = "2026-01-01T00:00:00Z"
 
@@ -54,21 +60,35 @@ class Cluster(Struct, frozen=True):
         yield service_cidr()
         for number in range(self.services):
             yield service(f"service-{number}", cluster_ip(number))
-            yield self.endpoint_slice(number)
+            yield from self.endpoint_slices(number)
 
     def service(self, number: int) -> Object:
         """Return one Service; `number` may exceed the size of the initial cluster."""
         return service(f"service-{number}", cluster_ip(number))
 
+    @property
+    def slices(self) -> int:
+        """The number of EndpointSlices of each Service."""
+        return -(-self.endpoints // MAX_SLICE_ENDPOINTS)
+
+    def endpoint_slices(self, number: int) -> list[Object]:
+        """Return all EndpointSlices of one Service."""
+        return [self._slice(number, index, self._addresses(number)) for index in range(self.slices)]
+
     def endpoint_slice(self, number: int, *, variant: int = 0, annotation: str = "") -> Object:
-        """Return the EndpointSlice of one Service. Each `variant` has a different address for the last endpoint.
+        """Return the last EndpointSlice of one Service. Each `variant` has a different address for the last endpoint.
 
         An `annotation` changes the object but no rule.
         """
         addresses = self._addresses(number)
         if variant:
             addresses[-1] = _address(172, 16, variant)
-        return endpoint_slice(f"service-{number}", addresses, annotation=annotation)
+        return self._slice(number, self.slices - 1, addresses, annotation)
+
+    def _slice(self, number: int, index: int, addresses: list[str], annotation: str = "") -> Object:
+        begin = index * MAX_SLICE_ENDPOINTS
+        end = begin + MAX_SLICE_ENDPOINTS
+        return endpoint_slice(f"service-{number}", addresses[begin:end], first=begin, annotation=annotation)
 
     def _addresses(self, number: int) -> list[str]:
         if number in self.connected:
@@ -155,8 +175,11 @@ def service(name: str, address: str) -> Object:
     }
 
 
-def endpoint_slice(name: str, addresses: list[str], *, annotation: str = "") -> Object:
-    """Return the only EndpointSlice of a Service, as the EndpointSlice controller writes it."""
+def endpoint_slice(name: str, addresses: list[str], *, first: int = 0, annotation: str = "") -> Object:
+    """Return an EndpointSlice of a Service, as the EndpointSlice controller writes it.
+
+    `first` is the number of endpoints in the Service's earlier slices.
+    """
     labels = {"endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io"}
     labels["kubernetes.io/service-name"] = name
     owner = {"apiVersion": "v1", "kind": "Service", "name": name, "uid": _uid(name), "controller": True}
@@ -171,7 +194,7 @@ def endpoint_slice(name: str, addresses: list[str], *, annotation: str = "") -> 
         "f:ports": {},
     }
     metadata: Object = {
-        "name": f"{name}-x7k2p",
+        "name": f"{name}-x7k2p" if not first else f"{name}-{first // MAX_SLICE_ENDPOINTS:05}",
         "generateName": f"{name}-",
         "namespace": NAMESPACE,
         "creationTimestamp": _CREATED,
@@ -186,7 +209,7 @@ def endpoint_slice(name: str, addresses: list[str], *, annotation: str = "") -> 
         "kind": "EndpointSlice",
         "metadata": metadata,
         "addressType": "IPv4",
-        "endpoints": [_endpoint(f"{name}-{index}", address) for index, address in enumerate(addresses)],
+        "endpoints": [_endpoint(f"{name}-{index}", address) for index, address in enumerate(addresses, first)],
         "ports": [{"name": "http", "protocol": "TCP", "port": TARGET_PORT}],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -27,23 +28,43 @@ IDLE_LOAD = 0.1
 HANG_GUARD = 3600.0
 
 
-class MeasuredDaemon:
-    """`kproxy run` in a network namespace, connected to an API server. Use it as a context manager."""
+def kproxy_command(mode: str, url: str) -> list[str]:
+    """Return the command of `kproxy run` with default settings, for the API server at `url`."""
+    return [
+        KPROXY,
+        "run",
+        f"--master={url}",
+        f"--proxy-mode={mode}",
+        f"--hostname-override={NODE}",
+        f"--cluster-cidr={CLUSTER_CIDR}",
+        "--conntrack-max-per-core=0",  # this limit is not per network namespace
+        "--conntrack-min=0",
+    ]
 
-    def __init__(self, namespace: Namespace, monitor: CommitMonitor, mode: str, url: str, log: Path) -> None:
+
+class MeasuredDaemon:
+    """A service proxy in a network namespace, connected to an API server. Use it as a context manager.
+
+    `name` is its name in error messages. `patience` is the number of seconds without a commit and without CPU use after
+    which commits that are still missing count as an error.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        monitor: CommitMonitor,
+        command: Sequence[str],
+        log: Path,
+        *,
+        name: str = "kproxy",
+        patience: float = HANG_GUARD,
+    ) -> None:
+        self.name = name
         self._namespace = namespace
         self._monitor = monitor
         self._log = log
-        self._command = [
-            KPROXY,
-            "run",
-            f"--master={url}",
-            f"--proxy-mode={mode}",
-            f"--hostname-override={NODE}",
-            f"--cluster-cidr={CLUSTER_CIDR}",
-            "--conntrack-max-per-core=0",  # this limit is not per network namespace
-            "--conntrack-min=0",
-        ]
+        self._command = list(command)
+        self._patience = patience
         self.started = 0
         self._process: subprocess.Popen[str]
 
@@ -74,25 +95,35 @@ class MeasuredDaemon:
         """Wait until the daemon is idle and has made at least `commits` commits after `since`; return these commits.
 
         Raises:
-            RuntimeError: the daemon exited; the message has the last line of its log.
+            RuntimeError: the daemon exited, or is idle without the commits; the message has the last line of its log.
             TimeoutError: the daemon did not become idle.
 
         """
-        called = time.monotonic_ns()
+        active = called = time.monotonic_ns()
         deadline = time.monotonic() + HANG_GUARD
         while time.monotonic() < deadline:
             busy = self._is_busy()
             found = self._monitor.since(since)
-            last = max(found[-1].time if found else 0, called, since)
-            if not busy and len(found) >= commits and time.monotonic_ns() - last > IDLE_TIME * 1e9:
+            last, now = max(found[-1].time if found else 0, called, since), time.monotonic_ns()
+            if not busy and len(found) >= commits and now - last > IDLE_TIME * 1e9:
                 return found
-        raise TimeoutError(f"kproxy did not become idle; {len(found)} of {commits} expected commits")
+            active = now if busy else max(active, last)
+            if now - active > self._patience * 1e9:
+                raise self.idle_error(f"has made {len(found)} of {commits} expected commits")
+        raise TimeoutError(f"{self.name} did not become idle; {len(found)} of {commits} expected commits")
+
+    def idle_error(self, problem: str) -> RuntimeError:
+        """Return the error for a daemon that has been idle for `patience` seconds, with the last line of its log."""
+        return RuntimeError(f"{self.name} {problem} and has been idle for {self._patience:g} s: {self._last_line()}")
 
     def check(self) -> None:
         """Raise `RuntimeError` with the last line of the log if the daemon has exited."""
         if self._process.poll() is not None:
-            lines = self._log.read_text().strip().splitlines() or ["(no output)"]
-            raise RuntimeError(f"kproxy exited with code {self._process.returncode}: {lines[-1]}")
+            raise RuntimeError(f"{self.name} exited with code {self._process.returncode}: {self._last_line()}")
+
+    def _last_line(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines() or ["(no output)"]
+        return lines[-1]
 
     def _is_busy(self) -> bool:
         self.check()

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 
 from msgspec import Struct
 
 from tests.bench import cluster as objects
-from tests.bench.cluster import PORT, TARGET_PORT, Cluster, cluster_ip
+from tests.bench.api_server import BenchApiServer
+from tests.bench.cluster import TARGET_PORT, Cluster
 from tests.bench.connections import Round, measure
 from tests.bench.daemon import MeasuredDaemon
 from tests.bench.kernel_objects import KernelObjects, kernel_objects
 from tests.bench.sizes import Repetitions
-from tests.bench.testbed import SERVER_ADDRESSES, Testbed
+from tests.bench.testbed import Testbed
+from tests.bench.throughput import measure_throughput
+
+DIRECT_TARGETS = 10
+"""Number of the server pod's addresses to which the client connects directly."""
 
 EVENT_INTERVAL = 0.02
 """Seconds between the events of a rolling update."""
@@ -63,7 +69,7 @@ def measure_daemon(testbed: Testbed, repetitions: Repetitions) -> Measurements:
         _first_sync(testbed, daemon, result)
         result.kernel = testbed.node.call(kernel_objects)
         result.samples["RSS after first sync"].append(daemon.memory[0])
-        _connections(testbed, repetitions, result)
+        connections(testbed, repetitions, result)
         if repetitions.endpoint_changes:
             _changes(testbed, daemon, repetitions, result)
             result.samples["RSS after changes"].append(daemon.memory[0])
@@ -72,6 +78,7 @@ def measure_daemon(testbed: Testbed, repetitions: Repetitions) -> Measurements:
         with testbed.daemon() as daemon:
             testbed.wait_for_start(daemon, commits=0)
             result.samples["restart: CPU"].append(daemon.cpu)
+        assert isinstance(testbed.api_server, BenchApiServer)
         testbed.api_server.set_encoding("JSON")
         with testbed.daemon() as daemon:
             testbed.wait_for_start(daemon, commits=0)
@@ -91,18 +98,36 @@ def _first_sync(testbed: Testbed, daemon: MeasuredDaemon, result: Measurements) 
 
 
 def _direct_connections(testbed: Testbed, repetitions: Repetitions, result: Measurements) -> None:
-    pods = [(address, TARGET_PORT) for address in SERVER_ADDRESSES]
+    pods = _pods(testbed)
     (rounds,) = measure(testbed.client, [pods], rounds=repetitions.rounds, count=repetitions.connections)
     _add_rounds(result.direct, rounds)
     result.direct["connect past the rules"] = [each.median for each in rounds]
+    result.direct["throughput to a VIP"] = _throughput(testbed, repetitions, pods)
 
 
-def _connections(testbed: Testbed, repetitions: Repetitions, result: Measurements) -> None:
-    vips = [(cluster_ip(number), PORT) for number in testbed.cluster.connected]
-    pods = [(address, TARGET_PORT) for address in SERVER_ADDRESSES]
+def connections(testbed: Testbed, repetitions: Repetitions, result: Measurements) -> None:
+    """Measure connections to VIPs, and to pods on a node with rules."""
+    vips, pods = testbed.vips, _pods(testbed)
     to_vips, to_pods = measure(testbed.client, [vips, pods], rounds=repetitions.rounds, count=repetitions.connections)
     _add_rounds(result.samples, to_vips)
     result.samples["connect past the rules"] += [each.median for each in to_pods]
+    result.samples["throughput to a VIP"] += _throughput(testbed, repetitions, vips)
+
+
+def _pods(testbed: Testbed) -> list[tuple[str, int]]:
+    return [(address, TARGET_PORT) for address in testbed.cluster.server_addresses[:DIRECT_TARGETS]]
+
+
+def _throughput(testbed: Testbed, repetitions: Repetitions, targets: Sequence[tuple[str, int]]) -> list[float]:
+    with testbed.without_server():  # iperf3 listens on the same port, to which the VIPs forward
+        return measure_throughput(
+            testbed.client,
+            testbed.server,
+            TARGET_PORT,
+            targets,
+            count=repetitions.transfers,
+            size=repetitions.transfer_bytes,
+        )
 
 
 def _add_rounds(samples: dict[str, list[float]], rounds: list[Round]) -> None:
@@ -112,16 +137,17 @@ def _add_rounds(samples: dict[str, list[float]], rounds: list[Round]) -> None:
 
 
 def _changes(testbed: Testbed, daemon: MeasuredDaemon, repetitions: Repetitions, result: Measurements) -> None:
-    _endpoints(testbed, daemon, repetitions.endpoint_changes, result)
-    _services(testbed, daemon, repetitions.service_changes, result)
+    change_endpoints(testbed, daemon, repetitions.endpoint_changes, result)
+    change_services(testbed, daemon, repetitions.service_changes, result)
     for _ in range(repetitions.rolling_updates):
         _rolling_update(testbed, daemon, repetitions.rolling_endpoints, result)
     for _ in range(repetitions.bursts):
-        _burst(testbed, daemon, repetitions.burst_changes, result)
+        change_many(testbed, daemon, repetitions.burst_changes, result)
     _annotation_events(testbed, daemon, repetitions, result)
 
 
-def _endpoints(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+def change_endpoints(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+    """Change one endpoint of a Service, `count` times, and change it back."""
     numbers = unconnected_services(testbed.cluster)
     for turn in range(count):
         number = numbers[turn * len(numbers) // count]
@@ -131,11 +157,12 @@ def _endpoints(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Mea
             result.samples["one endpoint: CPU"].append(effect.cpu)
 
 
-def _services(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+def change_services(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
     """Create and delete Services. Their EndpointSlices exist throughout, so each change is one event and one sync."""
     numbers = range(testbed.cluster.services, testbed.cluster.services + count)
-    slices = [testbed.cluster.endpoint_slice(number) for number in numbers]
+    slices = [each for number in numbers for each in testbed.cluster.endpoint_slices(number)]
     testbed.change(daemon, put=slices, commits=0)
+    daemon.wait_until_idle(time.monotonic_ns(), commits=0)  # the events of several slices take two syncs
     for number in numbers:
         service = testbed.cluster.service(number)
         for name, effect in (
@@ -162,7 +189,8 @@ def _rolling_update(testbed: Testbed, daemon: MeasuredDaemon, endpoints: int, re
     testbed.change(daemon, delete=initial)
 
 
-def _burst(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+def change_many(testbed: Testbed, daemon: MeasuredDaemon, count: int, result: Measurements) -> None:
+    """Change one endpoint of `count` Services at once, and change them back."""
     for variants in (True, False):
         effect = testbed.change(daemon, put=changed_slices(testbed.cluster, count, variants=variants))
         result.samples["burst"].append(effect.seconds)

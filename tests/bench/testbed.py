@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
 from msgspec import Struct
 
 from tests.bench.api_server import BenchApiServer
-from tests.bench.cluster import TARGET_PORT, Cluster, Object
+from tests.bench.cluster import PORT, TARGET_PORT, Cluster, Object
 from tests.bench.commit_monitor import Commit, CommitMonitor
 from tests.bench.connections import Server
-from tests.bench.daemon import POLL_INTERVAL, SYNC_PERIOD, MeasuredDaemon
+from tests.bench.daemon import POLL_INTERVAL, SYNC_PERIOD, MeasuredDaemon, kproxy_command
 from tests.bench.kernel_objects import flush
+from tests.bench.real_api_server import RealApiServer
 from tests.bench.watchlog import WatchTraffic
+from tests.lab.namespace import Namespace
 from tests.lab.topology import Lab
 
-SERVER_ADDRESSES = tuple(f"10.244.1.{host}" for host in range(11, 21))
+MAX_SERVICE_ENDPOINTS = 1000
+SERVER_ADDRESSES = (
+    *(f"10.244.1.{host}" for host in range(11, 21)),
+    *(f"10.244.{16 + (number >> 8)}.{number & 255}" for number in range(10, MAX_SERVICE_ENDPOINTS)),
+)
 """The addresses of the server pod, which accepts connections."""
+
+
+def server_addresses(endpoints: int) -> tuple[str, ...]:
+    """Return the addresses of the server pod for Services with so many endpoints; at least 10."""
+    return SERVER_ADDRESSES[: max(10, endpoints)]
 
 
 class Effect(Struct, frozen=True):
@@ -42,9 +53,17 @@ class Effect(Struct, frozen=True):
 class Testbed:
     """Everything except the daemon. Use it as a context manager."""
 
-    def __init__(self, mode: str, cluster: Cluster, folder: Path) -> None:
+    def __init__(
+        self,
+        mode: str,
+        cluster: Cluster,
+        folder: Path,
+        api_server: Callable[[Namespace], BenchApiServer | RealApiServer] = BenchApiServer,
+    ) -> None:
+        """`api_server` creates the API server, given the network namespace of the node."""
         self.mode, self.cluster = mode, cluster
-        self._log = folder / "kproxy.log"
+        self._new_api_server = api_server
+        self.folder = folder
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -52,10 +71,13 @@ class Testbed:
             lab = stack.enter_context(Lab())
             self.node = lab.node.namespace
             self.client = lab.add_pod("client", "10.244.1.250").namespace
-            pod = lab.add_pod("server", *SERVER_ADDRESSES)
-            stack.enter_context(Server(pod.namespace, TARGET_PORT))
+            addresses = self.cluster.server_addresses
+            self.server = lab.add_pod("server", *addresses).namespace
+            self._accepting = stack.enter_context(ExitStack())
+            self._accepting.enter_context(Server(self.server, TARGET_PORT))
             self.monitor = stack.enter_context(CommitMonitor(self.node))
-            self.api_server = stack.enter_context(BenchApiServer(self.node))
+            self.api_server = self._new_api_server(self.node)
+            stack.enter_context(self.api_server)
             self.api_server.load(self.cluster)
             self.api_server.drain_traffic()
             self._stack = stack.pop_all()
@@ -66,7 +88,20 @@ class Testbed:
 
     def daemon(self) -> MeasuredDaemon:
         """Return a daemon that has not been started."""
-        return MeasuredDaemon(self.node, self.monitor, self.mode, self.api_server.url, self._log)
+        command = kproxy_command(self.mode, self.api_server.url)
+        return MeasuredDaemon(self.node, self.monitor, command, self.folder / "kproxy.log")
+
+    @property
+    def vips(self) -> list[tuple[str, int]]:
+        """The frontends that the client connects to."""
+        return [(self.api_server.cluster_ip(number), PORT) for number in self.cluster.connected]
+
+    @contextmanager
+    def without_server(self) -> Iterator[None]:
+        """Stop the program that accepts connections while the context is active."""
+        self._accepting.close()
+        yield
+        self._accepting.enter_context(Server(self.server, TARGET_PORT))
 
     def flush_rules(self) -> None:
         """Remove all rules from the node."""
@@ -74,8 +109,9 @@ class Testbed:
 
     def wait_for_start(self, daemon: MeasuredDaemon, *, commits: int = 1) -> list[Commit]:
         """Wait until a new daemon has received every object and is idle; return all of its commits."""
-        # Two objects per Service, the Node, and in nftables mode the ServiceCIDR, which iptables mode does not watch.
-        expected = 2 * self.cluster.services + (2 if self.mode == "nftables" else 1)
+        # Each Service and its slices, the Node, and in nftables mode the ServiceCIDR; iptables mode does not watch it.
+        cluster = self.cluster
+        expected = cluster.services * (1 + cluster.slices) + (2 if self.mode == "nftables" else 1)
         sent = 0
         while sent < expected:
             daemon.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -32,6 +33,16 @@ def own_cpu_seconds(pid: int) -> float:
 def has_children(pid: int) -> bool:
     """Return whether any thread of a process has a child that has not been waited for."""
     return any(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes that descend from a process, without the process itself."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has exited
+            for child in map(int, path.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
 
 
 def memory_megabytes(pid: int) -> tuple[float, float]:

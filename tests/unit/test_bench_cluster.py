@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from ipaddress import ip_address, ip_network
 from itertools import pairwise
 
@@ -12,10 +13,10 @@ from kproxy.kube.codec.conversion import DecodedObject
 from kproxy.kube.codec.json_codec import read_page
 from kproxy.model.types import EndpointSlice
 from tests.bench import cluster as objects
-from tests.bench.cluster import SERVICE_CIDR, Cluster, Object, cluster_ip
+from tests.bench.cluster import MAX_ENDPOINTS, SERVICE_CIDR, Cluster, Object, cluster_ip
 from tests.bench.measurements import changed_slices, unconnected_services
 from tests.bench.sizes import MODES, SIZES
-from tests.bench.testbed import SERVER_ADDRESSES
+from tests.bench.testbed import SERVER_ADDRESSES, server_addresses
 
 
 def addresses(endpoint_slice: Object) -> list[str]:
@@ -89,9 +90,9 @@ def test_burst_larger_than_the_cluster_changes_services_repeatedly() -> None:
 def test_each_mode_starts_with_one_service(size: str) -> None:
     tasks = list(SIZES[size].tasks(MODES))
     for mode in MODES:
-        services = [task.services for task in tasks if task.mode == mode]
-        assert services[0] == 1
-        assert services == sorted(set(services))
+        shapes = [(task.services, task.endpoints) for task in tasks if task.mode == mode]
+        assert shapes[0][0] == 1
+        assert shapes == sorted(set(shapes))
 
 
 def test_custom_sizes_are_measured_completely() -> None:
@@ -101,3 +102,36 @@ def test_custom_sizes_are_measured_completely() -> None:
         (200, True),
         (300, True),
     ]
+
+
+def test_huge_clusters_have_44_000_services_and_250_000_endpoints() -> None:
+    shapes = {(task.mode, task.services, task.endpoints) for task in SIZES["huge"].tasks(MODES)}
+    assert shapes >= {
+        (mode, services, endpoints) for mode in MODES for services, endpoints in [(44_000, 1), (5000, 50)]
+    }
+    assert all(services * endpoints <= MAX_ENDPOINTS for _, services, endpoints in shapes)
+
+
+def test_endpoints_override_those_of_the_size() -> None:
+    tasks = list(SIZES["huge"].tasks(["nftables"], endpoints=7))
+    assert {task.endpoints for task in tasks} == {7}
+    assert [task.services for task in tasks] == [1, 5000, 10_000, 44_000]
+
+
+@pytest.mark.parametrize(("endpoints", "sizes"), [(1, [1]), (100, [100]), (101, [100, 1]), (1000, [100] * 10)])
+def test_large_services_have_several_slices(endpoints: int, sizes: list[int]) -> None:
+    cluster = Cluster(20, endpoints, server_addresses(endpoints))
+    assert cluster.slices == len(sizes)
+    for number in (0, 1):  # one with the server's addresses, and one without
+        slices = cluster.endpoint_slices(number)
+        assert [len(addresses(each)) for each in slices] == sizes
+        assert len({each["metadata"]["name"] for each in slices}) == len(sizes)
+        everything = [item for each in slices for item in addresses(each)]
+        assert len(set(everything)) == endpoints
+        assert slices[-1] == cluster.endpoint_slice(number)
+        changed = addresses(cluster.endpoint_slice(number, variant=3))
+        assert set(changed) - set(everything) == {changed[-1]}
+    pods = [endpoint["targetRef"]["name"] for each in cluster.endpoint_slices(1) for endpoint in each["endpoints"]]
+    assert len(set(pods)) == endpoints
+    kinds = Counter(item["kind"] for item in cluster.objects())
+    assert kinds["EndpointSlice"] == 20 * len(sizes)

@@ -41,6 +41,9 @@ EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 OTHER_PROGRAMS_FLAGS = {
     "--skip-phases": "kubeadm",
     "--services": "python -m tests.bench",
+    "--beside": "python -m tests.bench",
+    "--patience": "python -m tests.bench",
+    "--summary": "python -m tests.bench",
     "--read": "python -m tests.bench",
     "--to-destination": "iptables",
 }

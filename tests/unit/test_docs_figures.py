@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import pytest
 
+from tests.bench.chart import SHOWN, SUMMARY, chart
 from tests.bench.figures import Results
 
 ROOT = Path(__file__).parents[2]
@@ -152,3 +153,9 @@ def test_pages_state_the_measured_cost_of_an_event() -> None:
     size, _ = figure("nftables", 10_000, "event, protobuf: bytes")
     assert f"{size:,.0f} in protobuf" in performance
     assert f"{size:,.0f}-byte protobuf event" in comparison
+
+
+@pytest.mark.parametrize(("name", "shown"), [("bench", SHOWN), ("bench-summary", SUMMARY)])
+def test_committed_charts_show_the_committed_results(name: str, shown: Sequence[str]) -> None:
+    results = msgspec.json.decode((HISTORY / f"{SOURCE}.json").read_bytes(), type=Results)
+    assert (ROOT / "docs" / "pictures" / f"{name}.svg").read_text() == chart(results, shown)

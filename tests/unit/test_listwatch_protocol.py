@@ -273,7 +273,7 @@ def test_other_errors_relist_with_backoff() -> None:
 
 def test_error_event_with_retry_after_delays_the_relist() -> None:
     error = b'{"type":"ERROR","object":{"code":500,"message":"x","details":{"retryAfterSeconds":9}}}'
-    assert synced_watch().handle_line(error).reconnect_after == 9.0
+    assert synced_watch(random=0.0).handle_line(error).reconnect_after == 9.0
 
 
 @pytest.mark.parametrize("code", [401, 429, 503, 504])
@@ -319,13 +319,22 @@ def test_inactive_watch_is_resumed_at_once() -> None:
         ({"Retry-After": "7"}, b"", 7.0),
         ({"retry-after": "7"}, b"{}", 7.0),
         ({}, b'{"details":{"retryAfterSeconds":9}}', 9.0),
-        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, b"", 0.8),
-        ({}, b"<html>Bad gateway</html>", 0.8),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, b"", 0.6),
+        ({}, b"<html>Bad gateway</html>", 0.6),
     ],
 )
 def test_retry_after_is_honored(status: int, headers: dict[str, str], body: bytes, delay: float) -> None:
-    for watch in (new_watch(), synced_watch()):
+    for watch in (new_watch(random=0.0), synced_watch(random=0.0)):
         assert watch.handle_status(status, headers, body).reconnect_after == pytest.approx(delay)
+
+
+def test_clients_that_wait_for_the_same_time_come_back_at_different_times() -> None:
+    for random, delay in ((0.0, 8.0), (0.5, 10.0), (1.0, 12.0)):
+        watch = synced_watch(random=random)
+        assert watch.handle_status(503, {"Retry-After": "8"}, b"").reconnect_after == pytest.approx(delay)
+        watch = synced_watch(random=random)
+        event = b'{"type":"ERROR","object":{"code":500,"message":"x","details":{"retryAfterSeconds":8}}}'
+        assert watch.handle_line(event).reconnect_after == pytest.approx(delay)
 
 
 ABSURD = [
@@ -337,15 +346,16 @@ ABSURD = [
 
 
 @pytest.mark.parametrize(("headers", "body", "shown"), ABSURD)
-def test_retry_after_is_limited_to_a_minute_and_logged(headers: dict[str, str], body: bytes, shown: str) -> None:
-    for watch in (new_watch(), synced_watch()):
-        assert watch.handle_status(429, headers, body).reconnect_after == 60.0
-        assert watch.error.endswith(f" (it asked to wait {shown} s, but kproxy waits at most 60 s)")
+def test_retry_after_is_limited_and_logged(headers: dict[str, str], body: bytes, shown: str) -> None:
+    for random, delay in ((0.0, 60.0), (1.0, 90.0)):
+        for watch in (new_watch(random=random), synced_watch(random=random)):
+            assert watch.handle_status(429, headers, body).reconnect_after == delay
+            assert watch.error.endswith(f" (it asked to wait {shown} s, but kproxy waits at most 90 s)")
     event = b'{"type":"ERROR","object":{"code":%d,"message":"x","details":{"retryAfterSeconds":1e300}}}'
     for code in (410, 429, 500):
         watch = synced_watch()
         watch.handle_line(event % code)
-        assert (watch.handle_line(event % code).reconnect_after or 0.0) <= 60.0
+        assert (watch.handle_line(event % code).reconnect_after or 0.0) <= 90.0
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,12 @@ PAGE_DIVISOR = 5
 MAX_PAGE_BYTES = 64 << 20
 """Default maximum size of a page of a list, in bytes, after decompression."""
 MAX_RETRY_AFTER = 60.0
-"""Maximum number of seconds for which a request of the server to wait is honored."""
+"""Maximum number of seconds for which a request of the server to wait is honored, before jitter."""
+RETRY_AFTER_JITTER = 0.5
+"""A request of the server to wait is extended by a random share of it, at most this one.
+
+An overloaded server asks all clients to wait for the same time. Without jitter, they would all come back at once.
+"""
 INACTIVITY = 90.0
 """Seconds without data after which a connection counts as dead.
 
@@ -429,7 +434,7 @@ class ListWatch:
             self._accept = ACCEPT_JSON
         verb = "watch" if self._resource_version or self._use_watch_list else "list"
         text = f"cannot {verb} {self.resource}: the API server returned {error}{_capped_text(error)}"
-        return self._retry(text, at_least=_retry_after(error), renew_credentials=error.code == 401)
+        return self._retry(text, at_least=self._retry_after(error), renew_credentials=error.code == 401)
 
     def _continue_without_kind(self, error: ErrorStatus) -> ListWatchStep:
         """Continue without an optional kind.
@@ -450,7 +455,9 @@ class ListWatch:
         If `immediately` is true, the first relist after an event or bookmark is not delayed.
         """
         self._start_list()
-        delay = 0.0 if immediately and not self._relists else max(self._backoff(self._relists), _retry_after(error))
+        delay = (
+            0.0 if immediately and not self._relists else max(self._backoff(self._relists), self._retry_after(error))
+        )
         self._relists += 1
         self.error = f"must relist {self.resource}: {error}{_capped_text(error)}"
         return ListWatchStep(reconnect_after=delay)
@@ -509,6 +516,10 @@ class ListWatch:
         """
         return min(max_backoff, 0.8 * 2.0 ** min(failures, 10)) * (0.75 + 0.5 * self._random())
 
+    def _retry_after(self, error: ErrorStatus) -> float:
+        """Return the seconds to wait at least before the next request, with jitter: see `RETRY_AFTER_JITTER`."""
+        return min(error.retry_after, MAX_RETRY_AFTER) * (1.0 + RETRY_AFTER_JITTER * self._random())
+
 
 def _names(key: str) -> tuple[str, str]:
     """Return the namespace and name in an object's key."""
@@ -516,13 +527,9 @@ def _names(key: str) -> tuple[str, str]:
     return namespace, name
 
 
-def _retry_after(error: ErrorStatus) -> float:
-    """Return the seconds to wait at least before the next request."""
-    return min(error.retry_after, MAX_RETRY_AFTER)
-
-
 def _capped_text(error: ErrorStatus) -> str:
     """Return the part of a message that says that the server asked for a longer wait than `MAX_RETRY_AFTER`, or ""."""
     if error.retry_after <= MAX_RETRY_AFTER:
         return ""
-    return f" (it asked to wait {error.retry_after:g} s, but kproxy waits at most {MAX_RETRY_AFTER:g} s)"
+    longest = MAX_RETRY_AFTER * (1.0 + RETRY_AFTER_JITTER)
+    return f" (it asked to wait {error.retry_after:g} s, but kproxy waits at most {longest:g} s)"
