@@ -65,10 +65,13 @@ def cluster_endpoints(endpoints: Mapping[str, Endpoint], node: str, zone: str) -
     endpoint has zone hints and at least one endpoint has a hint for this node's zone. If neither kind of hint can be
     used, all usable endpoints are returned.
     """
-    first = next((endpoint for endpoint in endpoints.values() if endpoint.ready), None)
-    if first is None or not (first.for_nodes or first.for_zones):
+    sockets = tuple([socket for socket, endpoint in endpoints.items() if endpoint.ready])
+    if not sockets:
         return usable(endpoints)
-    ready = {socket: endpoint for socket, endpoint in endpoints.items() if endpoint.ready}
+    first = endpoints[sockets[0]]
+    if not (first.for_nodes or first.for_zones):
+        return sockets
+    ready = {socket: endpoints[socket] for socket in sockets}
     if all(endpoint.for_nodes for endpoint in ready.values()):
         near = tuple(socket for socket, endpoint in ready.items() if node in endpoint.for_nodes)
         if near:
@@ -77,7 +80,7 @@ def cluster_endpoints(endpoints: Mapping[str, Endpoint], node: str, zone: str) -
         near = tuple(socket for socket, endpoint in ready.items() if zone in endpoint.for_zones)
         if near:
             return near
-    return tuple(ready)
+    return sockets
 
 
 def local_endpoints(endpoints: Mapping[str, Endpoint], node: str) -> Sockets:

@@ -127,7 +127,7 @@ SIZES = {
             service_changes=3,
             rolling_updates=1,
             bursts=1,
-            annotation_bursts=1,
+            annotation_bursts=3,
             transfers=3,
         ),
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -225,6 +226,17 @@ def test_service_without_a_load_balancer_has_no_vips(status: Any) -> None:
 )
 def test_canonical_addresses(text: str, expected: str) -> None:
     assert canonical_address(text) == expected
+
+
+octets = st.sampled_from(["0", "00", "1", "01", "010", "255", "256", "1e1", " 1", "1 ", "0x1", "", "\u0661"])
+
+
+@given(st.one_of(st.lists(octets, min_size=3, max_size=5).map(".".join), st.text("0123456789.: x", max_size=16)))
+@settings(max_examples=1000)
+def test_result_is_what_the_kernel_prints(text: str) -> None:
+    address = canonical_address(text)
+    if address is not None:
+        assert str(ip_address(address)) == address
 
 
 @pytest.mark.parametrize(

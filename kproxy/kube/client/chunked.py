@@ -52,11 +52,12 @@ class ChunkedDecoder:
             if line_end < 0:
                 self._rest = data[position:]
                 break
-            if self._in_trailer:
-                self._trailer_line(data[position:line_end])
-            else:
-                self._chunk_line(data[position:line_end])
+            line = data[position:line_end]
             position = line_end + 1
+            if self._in_trailer:
+                self._trailer_line(line)
+            else:
+                self._chunk_line(line)
         if self.complete:
             self.excess += data[position:]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -69,7 +70,9 @@ class ChunkedDecoder:
         self._rest = data[position + len(content) :]
 
     def _chunk_line(self, line: bytes) -> None:
-        digits = line.partition(b";")[0].strip()
+        digits = line.strip()
+        if b";" in digits:
+            digits = digits.partition(b";")[0].strip()
         if not digits or digits.strip(_HEX_DIGITS) or len(digits) > 16:
             self.problem = "the size of a chunk is not a hexadecimal number"
             return
