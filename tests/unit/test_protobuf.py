@@ -385,3 +385,18 @@ def test_unknown_fields_are_skipped() -> None:
         if size != 9:  # the first of the two is complete
             with pytest.raises((ProtobufError, IndexError)):
                 read(fixed[:size])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_in_a_frame_must_fit_together(kind: Kind) -> None:
+    frame = protobuf.frame("MODIFIED", GOOD[kind])[4:]
+    assert isinstance(FrameReader(kind).read(frame), DecodedObject)
+    event, envelope = frame.index(b"\x12"), frame.index(b"k8s\0")
+    raw = frame.index(kind.__name__.encode(), envelope) + len(kind.__name__)
+    for position in (event + 1, frame.index(b"\n", event + 1) + 1, raw + 1):
+        for change in (1, -1):
+            wrong = bytearray(frame)
+            wrong[position] += change
+            assert isinstance(FrameReader(kind).read(bytes(wrong)), UndecodableObject), (position, change)
+    wrong = bytearray(frame.replace(b"MODIFIED", b"ADDED"))
+    assert isinstance(FrameReader(kind).read(bytes(wrong)), UndecodableObject)

@@ -24,6 +24,7 @@ Both encodings use the same amount of memory.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache, partial
 
 from msgspec import Struct, field
@@ -65,15 +66,22 @@ from kproxy.kube.codec.wire_format import (
     nested,
     octets,
     text,
+    varint,
 )
 from kproxy.model.delta import Kind
-from kproxy.model.types import Endpoint, EndpointSlice, Family, Service, ServiceCIDR
+from kproxy.model.types import Endpoint, EndpointSlice, Family, Node, Service, ServiceCIDR
 
 MEDIA_TYPE = "application/vnd.kubernetes.protobuf"
 MAGIC = b"k8s\0"
 """The first bytes of an envelope. JSON text never starts with them."""
 _NO_ENCODING = b'\x1a\0"\0'
 """The end of almost all envelopes: empty strings for contentEncoding and contentType."""
+_API_VERSIONS: dict[Kind, str] = {
+    Service: "v1",
+    EndpointSlice: "discovery.k8s.io/v1",
+    Node: "v1",
+    ServiceCIDR: "networking.k8s.io/v1",
+}
 _CACHED_PORTS = 256
 _CACHED_CONDITIONS = 32
 _CACHED_TYPE_METAS = 8
@@ -250,6 +258,7 @@ class FrameReader:
         self._kind = kind
         self._name = kind.__name__
         self._shapes = ShapeReader(partial(decode_object, kind), convert_raw_endpoint)
+        self._usual_frame = _usual_frame(kind).match
 
     def read(self, frame: bytes) -> Event:
         """Decode one frame, without its length prefix.
@@ -257,6 +266,9 @@ class FrameReader:
         Never raises: a frame that cannot be decoded becomes an `UndecodableObject`.
         """
         try:
+            usual = self._usual_frame(frame)
+            if usual is not None and (start := _object_start(frame, usual)):
+                return self._read_object(frame[start : -len(_NO_ENCODING)], modified=usual[1] == b"\x08MODIFIED")
             event_type, envelope = _split_event(frame)
             if event_type == "ERROR":
                 return error_from_status(_decode_status(_unwrap(envelope, "Status")))
@@ -301,6 +313,31 @@ def decode_object(kind: Kind, raw: bytes) -> DecodedObject:
 def convert_raw_endpoint(raw: bytes, family: Family) -> Endpoint | IgnoredField:
     """Decode an endpoint field by field. Raises one of `DECODING_ERRORS`."""
     return convert_endpoint(_decode_endpoint(raw), family)
+
+
+@lru_cache
+def _usual_frame(kind: Kind) -> re.Pattern[bytes]:
+    """Return a pattern for the beginning of a frame with a new or changed object, up to the object.
+
+    The groups are the type and the sizes of the object with its envelope, twice, and without.
+    """
+    api_version = _API_VERSIONS[kind].encode()
+    type_meta = b"\n%c%b\x12%c%b" % (len(api_version), api_version, len(kind.__name__), kind.__name__.encode())
+    envelope = re.escape(MAGIC + b"\n%c%b\x12" % (len(type_meta), type_meta))
+    size = rb"([\x80-\xff]{0,4}[\x00-\x7f])"
+    return re.compile(rb"\n(\x05ADDED|\x08MODIFIED)\x12" + size + rb"\n" + size + envelope + size)
+
+
+def _object_start(frame: bytes, usual: re.Match[bytes]) -> int:
+    """Return where the object in a frame starts, or 0 if the sizes in the frame do not fit together."""
+    _, event, raw, content = usual.groups()
+    start, size = usual.end(), len(frame)
+    fits = (
+        varint(content, 0)[0] == size - start - len(_NO_ENCODING)
+        and varint(raw, 0)[0] == size - usual.end(3)
+        and varint(event, 0)[0] == size - usual.end(2)
+    )
+    return start if fits and frame.endswith(_NO_ENCODING) else 0
 
 
 def _split_event(frame: bytes) -> tuple[str, bytes]:
