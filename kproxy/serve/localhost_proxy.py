@@ -104,6 +104,7 @@ class LocalhostProxy:
         self._order = count()
         self._lock = threading.Lock()
         self._listeners: dict[tuple[Family, int], Listener] = {}  # guarded by the lock
+        self._bound: set[Listener] = set()  # those that have a socket
         self._failures: Counter[Family] = Counter()
         self._connections = 0
         self._dialing: dict[ProxiedConnection, tuple[float, Listener]] = {}
@@ -150,9 +151,8 @@ class LocalhostProxy:
                 self._call(partial(self._remove, listener))
 
     def listening(self, family: Family) -> int:
-        """Return the number of open listeners of an IP family."""
-        with self._lock:
-            return sum(each.family is family and each.socket is not None for each in self._listeners.values())
+        """Return the number of open listeners of an IP family, including those that are about to be closed."""
+        return sum(each.family is family for each in tuple(self._bound))
 
     def failures(self, family: Family) -> int:
         """Return how often a listener of an IP family could not be opened."""
@@ -241,6 +241,7 @@ class LocalhostProxy:
                 if error.errno != errno.EADDRINUSE or self._is_only_process():
                     raise
                 listener.socket = listen(listener.family, listener.port, share=True)
+            self._bound.add(listener)
         except OSError as error:
             self._failures[listener.family] += 1
             if listener.reminder.is_due(self._clock()):
@@ -300,6 +301,7 @@ class LocalhostProxy:
         if listener.socket is not None:
             listener.socket.close()
             listener.socket = None
+            self._bound.discard(listener)
 
     def _unwatch(self, listener: Listener) -> None:
         if listener.watched and listener.socket is not None:

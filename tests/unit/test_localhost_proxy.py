@@ -501,3 +501,16 @@ def test_listener_that_drops_new_clients_completes_handshakes() -> None:
         assert accepted.recv(1) == b"x"
         early.close()
         accepted.close()
+
+
+def test_listener_counts_until_its_socket_is_closed(port: int) -> None:
+    proxy = LocalhostProxy(time.monotonic)
+    proxy.set_listener(V4, LocalhostListener(port, ("127.0.0.1:9",)))
+    proxy.remove_listener(V4, port)
+    assert proxy.listening(V4) == 1, "the thread, which closes it, has not been started"
+    connect(port).close()
+    proxy.start()
+    wait_until(lambda: proxy.listening(V4) == 0, "the thread has closed the listener")
+    with pytest.raises(ConnectionRefusedError):
+        connect(port)
+    proxy.drain()
