@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kproxy.kube.codec.conversion import DecodedObject, IgnoredField
 from kproxy.kube.codec.protobuf import FrameReader, convert_raw_endpoint, decode_object
-from kproxy.kube.codec.shapes import MAX_SHAPES, ShapeReader
+from kproxy.kube.codec.shapes import MAX_SHAPE_BYTES, MAX_SHAPES, ShapeReader
 from kproxy.kube.codec.watch_events import Event, Unchanged
 from kproxy.kube.codec.wire_format import DECODING_ERRORS, varint
 from kproxy.model.types import Endpoint, EndpointSlice, Family, Service
@@ -30,9 +30,14 @@ class CountingReader:
         self._kind = kind
         shapes = ShapeReader(self._decode, self._decode_endpoint)
         self._read = shapes.read_service if kind is Service else shapes.read_slice
+        self._shapes = shapes
 
     def read(self, raw: bytes, *, modified: bool = False) -> DecodedObject | Unchanged:
         return self._read(raw, modified=modified)
+
+    @property
+    def cached_endpoints(self) -> int:
+        return self._shapes._endpoint.cache_info().currsize
 
     def _decode(self, raw: bytes) -> DecodedObject:
         self.objects += 1
@@ -250,3 +255,15 @@ def test_corrupted_content_decodes_as_field_by_field(kind: type[Service | Endpoi
             reader.read(raw)
     else:
         assert reader.read(raw) == expected
+
+
+def test_long_endpoints_are_not_cached() -> None:
+    reader = CountingReader(EndpointSlice)
+    body = with_version(CLUSTER.endpoint_slice(300))
+    sizes = []
+    for path in ("first", "short", "x" * MAX_SHAPE_BYTES):
+        for each in body["endpoints"]:
+            each["targetRef"]["fieldPath"] = path
+        assert reader.read(encoded(body)) == from_json(EndpointSlice, "ADDED", body)
+        sizes.append(reader.cached_endpoints)
+    assert sizes == [3, 6, 6]

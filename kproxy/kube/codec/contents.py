@@ -9,8 +9,8 @@ MAX_CONTENTS = 4096
 class Contents:
     """The last contents of the objects of one watch: the encoded parts of them that kproxy uses.
 
-    Only their hashes are remembered. These have 64 bits and a random key (SipHash), so that nobody can find two
-    contents with the same hash.
+    Only their hashes are remembered. These have 64 bits, and the hashes of all strings in them have a random key
+    (SipHash, unless `PYTHONHASHSEED` is set), so that two contents with the same hash cannot be prepared.
     """
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ it knows the rest of the object, it also knows everything that follows from it, 
 
 The first object of each shape, and every object with an unusual structure, is decoded field by field. Both ways give
 the same result, because objects are only split between two fields. This relies on the order of the fields: Go writes
-them in the order of their numbers.
+them in the order of their numbers. What kproxy does not use, such as the rest of the metadata, is not checked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ They take about 0.4 MB. By default, the EndpointSlice controller puts at most 10
 MAX_SHAPES = 256
 """Maximum number of shapes that are kept, of each kind: Services, ends of EndpointSlices, and endpoints."""
 MAX_SHAPE_BYTES = 512
-"""Maximum size of the encoded part of an object that belongs to its shape."""
+"""Maximum size of an encoded endpoint that is cached, and of the part of an object that belongs to its shape."""
 
 # Tags: the number of a field and its wire type.
 _NAME, _GENERATE_NAME, _NAMESPACE, _SELF_LINK, _UID, _RESOURCE_VERSION = 0x0A, 0x12, 0x1A, 0x22, 0x2A, 0x32
@@ -182,7 +182,7 @@ class ShapeReader:
             name,
             f"{namespace}/{owner}",
             family,
-            tuple([self._endpoint(each, family) for each in endpoints]),
+            tuple([self._known_endpoint(each, family) for each in endpoints]),
             ports,
             trigger_time(triggered.decode()),
         )
@@ -191,6 +191,10 @@ class ShapeReader:
         if decoded.object == endpoint_slice and _may_be_shape(end):
             _remember(self._slice_ends, end, known)
         return decoded
+
+    def _known_endpoint(self, raw: bytes, family: Family) -> Endpoint:
+        # Anyone who may write EndpointSlices can make an endpoint long, for example with its targetRef.
+        return self._endpoint(raw, family) if len(raw) <= MAX_SHAPE_BYTES else self._read_endpoint(raw, family)
 
     def _read_endpoint(self, raw: bytes, family: Family) -> Endpoint:
         if raw[0] != _ADDRESS or raw[1] > _MAX_ADDRESS:
