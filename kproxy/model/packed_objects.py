@@ -28,6 +28,12 @@ def object_key(namespace: str, name: str) -> str:
     return f"{namespace}/{name}"
 
 
+def split_object_key(key: str) -> tuple[str, str]:
+    """Return the namespace and name in an `object_key`."""
+    namespace, _, name = key.partition("/")
+    return namespace, name
+
+
 @cache
 def _decoder(kind: type[Struct]) -> object:
     return Decoder(kind)

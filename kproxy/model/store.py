@@ -263,7 +263,7 @@ class Store:
         return StoreChange(keys, appeared=keys if before is None else frozenset(), families=families)
 
     def _put_slice(self, endpoint_slice: EndpointSlice) -> StoreChange:
-        key, new = f"{endpoint_slice.namespace}/{endpoint_slice.name}", pack(endpoint_slice)
+        key, new = object_key(*_identity(endpoint_slice)), pack(endpoint_slice)
         if self._slices.get(key) == new:
             return StoreChange()
         families = {endpoint_slice.family} | self._family_of_slice(key)
@@ -305,7 +305,7 @@ class Store:
         return StoreChange(frozenset({owner}), families=frozenset({removed.family}))
 
     def _remove_service(self, namespace: str, name: str) -> StoreChange:
-        key = f"{namespace}/{name}"
+        key = object_key(namespace, name)
         self._invalid.discard((namespace, name))
         packed = self._services.pop(key, None)
         if packed is None:
@@ -316,7 +316,7 @@ class Store:
         if kind is Service:
             return self._remove_service(namespace, name)
         if kind is EndpointSlice:
-            return self._remove_slice(f"{namespace}/{name}")
+            return self._remove_slice(object_key(namespace, name))
         if kind is ServiceCIDR:
             return StoreChange(service_cidrs=self._service_cidrs.pop(name, None) is not None)
         if name != self._node_name:

@@ -295,10 +295,8 @@ class StorePlans:
                 self.lasting.pop(key, None)
             if self.conditions:
                 self.conditions.pop(key, None)
-            for plan in plans:
-                if plan.outlives_sync:
-                    self.lasting[key] = plans
-                    break
+            if any(plan.outlives_sync for plan in plans):
+                self.lasting[key] = plans
             if (condition := service_condition(plans)) is not None:
                 self.conditions[key] = condition
         return plans

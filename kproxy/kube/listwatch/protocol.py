@@ -16,7 +16,7 @@ from kproxy.kube.codec.json_codec import ListPageError, read_error, read_page
 from kproxy.kube.codec.streams import ACCEPT_JSON, ACCEPT_WATCH
 from kproxy.kube.codec.watch_events import Bookmark, Deleted, ErrorStatus, Event, Unchanged, UndecodableObject
 from kproxy.model.delta import Delete, Delta, Kind, Replace, Upsert
-from kproxy.model.packed_objects import PackedSequence, object_key, pack
+from kproxy.model.packed_objects import PackedSequence, object_key, pack, split_object_key
 from kproxy.model.types import EndpointSlice, Service, ServiceCIDR
 
 PAGE_SIZE = 500
@@ -406,7 +406,7 @@ class ListWatch:
             self._incomplete_lists += 1
             return self._retry(f"cannot list {self.resource}: the list contains undecodable objects", messages)
         objects = PackedSequence(self._kind, {key: item for key, item in self._listed.items() if item is not None})
-        unreadable = tuple(_names(key) for key, item in self._listed.items() if item is None)
+        unreadable = tuple(split_object_key(key) for key, item in self._listed.items() if item is None)
         self._discard_list()
         self._resource_version = resource_version  # _missed_change stays set: relist after this watch
         self._failures = self._incomplete_lists = 0
@@ -519,12 +519,6 @@ class ListWatch:
     def _retry_after(self, error: ErrorStatus) -> float:
         """Return the seconds to wait at least before the next request, with jitter: see `RETRY_AFTER_JITTER`."""
         return min(error.retry_after, MAX_RETRY_AFTER) * (1.0 + RETRY_AFTER_JITTER * self._random())
-
-
-def _names(key: str) -> tuple[str, str]:
-    """Return the namespace and name in an object's key."""
-    namespace, _, name = key.partition("/")
-    return namespace, name
 
 
 def _capped_text(error: ErrorStatus) -> str:
